@@ -1,0 +1,1 @@
+"""See where a neural network overthinks, and stop it there."""

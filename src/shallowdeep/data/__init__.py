@@ -1,0 +1,1 @@
+"""Images with labels, from disk to device."""

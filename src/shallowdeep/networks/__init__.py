@@ -1,0 +1,1 @@
+"""What runs: backbones, the sites where exits may sit, the exits, their costs, and the two joined."""

@@ -1,0 +1,109 @@
+"""How a network of any kind is called, and where its logits are in what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from shallowdeep.errors import NetworkError
+
+LogitsOf = Callable[[Any], Tensor]
+"""Takes what a network returned and gives its logits, shape ``(n, outputs)``."""
+
+
+def call(net: nn.Module, inputs: Any) -> Any:
+    """Call a network with a tensor, a tuple (positional) or a mapping (keywords) of inputs."""
+    if isinstance(inputs, Mapping):
+        return net(**inputs)
+    if isinstance(inputs, tuple | list):
+        return net(*inputs)
+    return net(inputs)
+
+
+def find_logits(output: Any, logits: LogitsOf | None = None) -> Tensor:
+    """The logits in what a network returned.
+
+    Args:
+        output: a tensor, an object or mapping with ``logits``, or a tuple or mapping with exactly
+            one tensor of shape ``(n, outputs)``.
+        logits: takes them out of anything else.
+
+    Raises:
+        NetworkError: there is no obvious entry, or it is not two-dimensional.
+    """
+    found = logits(output) if logits is not None else _obvious_logits(output)
+    if not isinstance(found, Tensor) or found.ndim != 2:
+        what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise NetworkError(
+            f"the network returned {what} where logits of shape (n, outputs) are needed. "
+            "Pass logits=, a function that takes them out of the network's output."
+        )
+    return found
+
+
+def _obvious_logits(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping) and "logits" in output:
+        return output["logits"]
+    if hasattr(output, "logits"):
+        return output.logits
+    if not isinstance(output, Mapping | tuple | list):
+        return output
+    entries = output.values() if isinstance(output, Mapping) else output
+    tensors = [t for t in entries if isinstance(t, Tensor) and t.ndim == 2]
+    return tensors[0] if len(tensors) == 1 else output
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """The hidden state a submodule gave out: its output, or the first tensor in it."""
+    return next((leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)), None)
+
+
+def batch_size(inputs: Any) -> int:
+    """Number of rows of the inputs."""
+    tensor = first_tensor(inputs)
+    if tensor is None or tensor.ndim == 0 or len(tensor) == 0:
+        raise NetworkError("the inputs hold no tensor with a batch of at least one row.")
+    return len(tensor)
+
+
+def rows_of(inputs: Any, rows: Any) -> Any:
+    """The same inputs with only some rows of every tensor in them."""
+    return pytree.tree_map_only(Tensor, lambda t: t[rows], inputs)
+
+
+def distinct_rows(inputs: Any, num_rows: int) -> Any:
+    """Inputs with ``num_rows`` rows that differ from each other, made from an example of any batch size.
+
+    Numbers get noise of the example's own spread; whole numbers (tokens) are rolled along the row, which
+    keeps them in their vocabulary.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def widen(t: Tensor) -> Tensor:
+        t = t[torch.arange(num_rows) % len(t)]
+        if not t.is_floating_point():
+            return torch.stack([row.roll(i, -1) if row.ndim else row for i, row in enumerate(t)])
+        spread = t.std().nan_to_num().clamp_min(0.1)
+        return t + spread * torch.randn(t.shape, generator=generator).to(t)
+
+    return pytree.tree_map_only(Tensor, widen, inputs)
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every submodule's own mode is restored, also after an error."""
+    modes = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,114 @@
+"""What an exit costs: FLOPs and parameters of backbone and heads, apart, up to each exit.
+
+FLOPs count 2 per multiply-add, as PyTorch's own counter does; batch-norm, activations, pooling and softmax
+count 0. A relative cost is a share of the plain backbone's FLOPs (1.0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from shallowdeep.errors import TraceError
+from shallowdeep.networks.calls import call, evaluating
+
+
+@dataclass(frozen=True)
+class Costs:
+    """FLOPs and parameters for one sample, one entry per exit, the last being the backbone's own output.
+
+    Attributes:
+        backbone_flops: from the input up to each exit's tap.
+        head_flops: of each exit's own classifier; 0 at the last exit.
+        backbone_params: used from the input up to each exit's tap.
+        head_params: of each exit's own classifier; 0 at the last exit.
+        nominal: the cost shares an exit was *asked* to sit at, the last 1.0; ``None`` where taps were
+            given by name. The paper weighs losses and counts wasted computation with these.
+
+    Backbone and heads are kept apart so that an exit that is switched off costs nothing.
+    """
+
+    backbone_flops: tuple[int, ...]
+    head_flops: tuple[int, ...]
+    backbone_params: tuple[int, ...]
+    head_params: tuple[int, ...]
+    nominal: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.backbone_flops), len(self.head_flops), len(self.backbone_params), len(self.head_params)}
+        if len(lengths) != 1 or not self.backbone_flops:
+            raise TraceError(f"costs need one entry per exit in every list, got lists of {sorted(lengths)}.")
+        if list(self.backbone_flops) != sorted(self.backbone_flops) or self.backbone_flops[-1] <= 0:
+            raise TraceError(f"backbone FLOPs must rise from exit to exit, got {self.backbone_flops}.")
+
+    @property
+    def num_exits(self) -> int:
+        """Number of exits, the last included."""
+        return len(self.backbone_flops)
+
+    def relative(self, exits: Iterable[int] | None = None) -> Float64[Tensor, " exits"]:
+        """Cost of leaving at each exit, earlier enabled exits included, as a share of the plain backbone.
+
+        Args:
+            exits: the internal exits that are switched on; ``None``: all.
+
+        >>> costs = Costs((40, 100), (10, 0), (1, 2), (3, 0))
+        >>> costs.relative().tolist()
+        [0.5, 1.1]
+        >>> costs.relative(exits=[]).tolist()
+        [0.4, 1.0]
+        """
+        enabled = torch.zeros(self.num_exits, dtype=torch.float64)
+        enabled[list(range(self.num_exits) if exits is None else exits)] = 1
+        heads = torch.tensor(self.head_flops, dtype=torch.float64) * enabled
+        total = torch.tensor(self.backbone_flops, dtype=torch.float64) + heads.cumsum(0)
+        return total / self.backbone_flops[-1]
+
+    def select(self, exits: Iterable[int]) -> Costs:
+        """The same costs with only some exits, by index."""
+        exits = list(exits)
+
+        def pick(values: tuple) -> tuple:
+            return tuple(values[i] for i in exits)
+
+        return Costs(
+            pick(self.backbone_flops),
+            pick(self.head_flops),
+            pick(self.backbone_params),
+            pick(self.head_params),
+            None if self.nominal is None else pick(self.nominal),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able values; ``from_dict`` reads them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Costs:
+        """Read back what ``to_dict`` gave."""
+        return cls(**{key: None if value is None else tuple(value) for key, value in values.items()})
+
+
+def count_flops(module: nn.Module, inputs: Any) -> int:
+    """FLOPs of one forward in evaluation mode, 2 per multiply-add.
+
+    Attention is counted through its plain mathematics: the fused kernels count 0 on a CPU.
+
+    >>> count_flops(nn.Linear(10, 3), torch.zeros(1, 10))
+    60
+    """
+    with evaluating(module), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        call(module, inputs)
+    return counter.get_total_flops()
+
+
+def count_params(module: nn.Module) -> int:
+    """Number of parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in module.parameters())

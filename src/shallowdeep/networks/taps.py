@@ -1,0 +1,331 @@
+"""The only file with hooks: reading features at taps, dropping rows there, and proving where that is allowed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from shallowdeep.errors import IllegalTap, NetworkError
+from shallowdeep.networks.calls import LogitsOf, call, distinct_rows, evaluating, find_logits, first_tensor
+
+PROOF_ROWS = 4
+KEPT_ROWS = (1, 3)  # at least two of at least four: a single row could broadcast and look legal
+
+_turns: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_turns_guard = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where an exit may sit.
+
+    Attributes:
+        name: the submodule's name, e.g. ``"layer2.1"``.
+        shape: of its output for one sample, e.g. ``(32, 16, 16)``.
+        flops: of the backbone for one sample, from the input up to and including here; 2 per multiply-add.
+        legal: whether dropping rows here drops exactly those rows of the logits.
+        why_not: the reason where it is not legal, else empty.
+        params: parameters of the backbone used up to and including here.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    flops: int
+    legal: bool
+    why_not: str
+    params: int = 0
+
+
+def submodule(net: nn.Module, name: str) -> nn.Module:
+    """A submodule by its dotted name.
+
+    Raises:
+        IllegalTap: there is none of that name.
+    """
+    try:
+        return net.get_submodule(name)
+    except AttributeError:
+        parent = name.rpartition(".")[0]
+        children = [n for n, _ in net.named_modules() if n and n.rpartition(".")[0] == parent] or [
+            n for n, _ in net.named_children()
+        ]
+        raise IllegalTap(f"the network has no module '{name}'. Nearby: {', '.join(children)}") from None
+
+
+@contextmanager
+def tapped(net: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect the outputs of some submodules at every forward inside the context.
+
+    Enter it once around a loop, and before ``torch.compile`` sees the network: hooks put on later are
+    ignored by a compiled graph. Threads that tap the same network take turns.
+
+    Args:
+        net: any network; it is left as it was, also after an error.
+        names: of submodules.
+
+    Yields:
+        A dictionary that the next forward fills, name to output (the first tensor of a tuple). Whoever
+        reads it takes the entries out.
+    """
+    features: dict[str, Tensor] = {}
+
+    def collector(name: str) -> Any:
+        def collect(module: nn.Module, args: Any, output: Any) -> None:
+            tensor = output if isinstance(output, Tensor) else first_tensor(output)
+            if tensor is not None:
+                features[name] = tensor
+
+        return collect
+
+    with _turn(net), _hooked((submodule(net, name), collector(name)) for name in names):
+        yield features
+
+
+@contextmanager
+def take_rows(net: nn.Module, name: str, rows: Tensor) -> Iterator[None]:
+    """Let only some rows pass a submodule at every forward inside the context.
+
+    Args:
+        net: any network; left as it was.
+        name: of the submodule.
+        rows: indices of the rows to keep, shape ``(kept,)``.
+    """
+
+    def keep(module: nn.Module, args: Any, output: Any) -> Any:
+        num_rows = len(_batched(first_tensor(output)))
+        return pytree.tree_map_only(Tensor, lambda t: t[rows] if t.ndim and len(t) == num_rows else t, output)
+
+    with _turn(net), _hooked([(submodule(net, name), keep)]):
+        yield
+
+
+class _Reached(Exception):  # noqa: N818 - a way out of a forward, no error
+    def __init__(self, features: Tensor):
+        self.features = features
+
+
+def run_until(net: nn.Module, name: str, inputs: Any) -> Tensor:
+    """Run a network only as far as a submodule.
+
+    Returns:
+        The submodule's output (the first tensor of a tuple); nothing after it is computed.
+    """
+
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
+        raise _Reached(_batched(first_tensor(output)))
+
+    with _turn(net), _hooked([(submodule(net, name), stop)]):
+        try:
+            call(net, inputs)
+        except _Reached as reached:
+            return reached.features
+    raise IllegalTap(f"'{name}' is not called in a forward of this network.")
+
+
+def probe(
+    net: nn.Module, example_inputs: Any, *, split_over: float = 0.1, logits: LogitsOf | None = None
+) -> list[Site]:
+    """Find where exits may sit, by proof: drop rows at a submodule and see that exactly those logits stay.
+
+    Four distinct samples are run through the network once to count FLOPs, then once per submodule with
+    two of them dropped at its output. No tracing, and no tables per architecture.
+
+    Args:
+        net: any network; neither its weights nor its mode change.
+        example_inputs: a tensor, tuple or mapping the network takes, of any batch size.
+        split_over: look inside a legal submodule only where it costs more than this share of the
+            network; 0 looks at every submodule.
+        logits: takes the logits out of what the network returns, where that is not obvious.
+
+    Returns:
+        Sites in the order in which they are computed, legal ones and refused ones with the reason. FLOPs
+        count 2 per multiply-add; batch-norm, activations and pooling count 0.
+
+    Raises:
+        NetworkError: the network does not take the example, or returns no logits.
+    """
+    inputs = distinct_rows(example_inputs, PROOF_ROWS)
+    with _turn(net), evaluating(net):
+        walk = _walk(net, inputs, logits)
+        proofs: dict[str, str] = {}
+        closed: tuple[str, ...] = ()
+        for name, _ in net.named_modules():
+            if name not in walk.visits or name.startswith(closed):
+                continue
+            visit = walk.visits[name]
+            proofs[name] = visit.objection or _prove(net, inputs, name, walk.logits, logits)
+            if not proofs[name] and visit.own_flops <= split_over * walk.flops:
+                closed += (f"{name}.",)
+    order = [name for name in walk.visits if name in proofs]
+    return [walk.visits[name].site(why_not=proofs[name]) for name in order]
+
+
+def probe_sites(
+    net: nn.Module, example_inputs: Any, names: Iterable[str], *, logits: LogitsOf | None = None
+) -> list[Site]:
+    """``probe`` for given submodules only, in the order given."""
+    inputs = distinct_rows(example_inputs, PROOF_ROWS)
+    sites = []
+    with _turn(net), evaluating(net):
+        walk = _walk(net, inputs, logits)
+        for name in names:
+            submodule(net, name)
+            if name not in walk.visits:
+                raise IllegalTap(f"'{name}' is not called in a forward of this network.")
+            objection = walk.visits[name].objection or _prove(net, inputs, name, walk.logits, logits)
+            sites.append(walk.visits[name].site(why_not=objection))
+    return sites
+
+
+def modules_after(net: nn.Module, example_inputs: Any, name: str) -> tuple[str, ...]:
+    """Submodules that a forward enters only after another one is done, or never; outermost names only."""
+    entered: set[str] = set()
+
+    def enter(module: nn.Module, args: Any, name: str) -> None:
+        entered.add(name)
+
+    with evaluating(net), ExitStack() as hooks:
+        for other, module in net.named_modules():
+            hooks.callback(module.register_forward_pre_hook(partial(enter, name=other)).remove)
+        run_until(net, name, example_inputs)
+    # A container that holds modules but is never called itself counts by what is in it.
+    reached = {part for other in entered for part in _ancestors(other)}
+    missed = [other for other, _ in net.named_modules() if other not in reached]
+    return tuple(other for other in missed if other.rpartition(".")[0] in reached | {""})
+
+
+def _ancestors(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+
+
+@dataclass
+class _Visit:
+    name: str
+    calls: int = 0
+    own_flops: int = 0
+    flops: int = 0
+    params: int = 0
+    shape: tuple[int, ...] = ()
+    objection: str = ""
+
+    def site(self, why_not: str) -> Site:
+        return Site(self.name, self.shape, self.flops, not why_not, why_not, self.params)
+
+
+@dataclass
+class _Walk:
+    """One counted forward of the proof's four rows; ``visits`` in the order of completion."""
+
+    visits: dict[str, _Visit] = field(default_factory=dict)
+    flops: int = 0
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+def _walk(net: nn.Module, inputs: Any, logits: LogitsOf | None) -> _Walk:
+    walk = _Walk()
+    entered: dict[str, int] = {}
+    seen_params: set[int] = set()
+    params = 0
+    # A fused attention kernel counts 0 on a CPU; the plain mathematics is counted right.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, ExitStack() as hooks:
+        for name, module in net.named_modules():
+            if not name:
+                continue
+
+            def enter(module: nn.Module, args: Any, name: str = name) -> None:
+                nonlocal params
+                entered[name] = counter.get_total_flops()
+                for parameter in module.parameters(recurse=False):
+                    params += 0 if id(parameter) in seen_params else parameter.numel()
+                    seen_params.add(id(parameter))
+
+            def leave(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
+                visit = walk.visits.pop(name, None) or _Visit(name)
+                visit.calls += 1
+                visit.flops = counter.get_total_flops() // PROOF_ROWS
+                visit.own_flops += visit.flops - entered[name] // PROOF_ROWS
+                visit.params = params
+                tensor = first_tensor(output)
+                visit.shape = tuple(tensor.shape[1:]) if tensor is not None else ()
+                visit.objection = _objection(visit.calls, tensor)
+                walk.visits[name] = visit
+
+            hooks.callback(module.register_forward_pre_hook(enter).remove)
+            hooks.callback(module.register_forward_hook(leave).remove)
+        try:
+            walk.logits = find_logits(call(net, inputs), logits)
+        except (RuntimeError, TypeError) as error:
+            raise NetworkError(
+                f"the network does not take the example inputs: {_first_line(error)}. "
+                "Pass example_inputs of the shape it is made for."
+            ) from error
+        walk.flops = counter.get_total_flops() // PROOF_ROWS
+    return walk
+
+
+def _objection(calls: int, tensor: Tensor | None) -> str:
+    if calls > 1:
+        return f"called {calls} times in one forward"
+    if tensor is None:
+        return "gives out no tensor"
+    if tensor.ndim < 2 or len(tensor) != PROOF_ROWS:
+        return f"its output of shape {tuple(tensor.shape)} does not have the {PROOF_ROWS} samples as rows"
+    return ""
+
+
+def _prove(net: nn.Module, inputs: Any, name: str, reference: Tensor, logits: LogitsOf | None) -> str:
+    """The empty string where a site is legal, else why it is not."""
+    rows = torch.tensor(KEPT_ROWS, device=reference.device)
+    kept, all_rows = len(KEPT_ROWS), PROOF_ROWS
+    try:
+        with take_rows(net, name, rows):
+            found = find_logits(call(net, inputs), logits)
+    except Exception as error:  # whatever a later layer raises when it still wants all rows
+        return f"with {kept} of {all_rows} rows kept there, a later layer still wants {all_rows} ({_first_line(error)})"
+    if len(found) != kept:
+        return f"with {kept} of {all_rows} rows kept there, {len(found)} rows of logits come out"
+    # Other rows of the batch change a sum's order, never more; the samples themselves differ by far more.
+    spread = (reference - reference.mean(0)).abs().max()
+    if (found - reference[rows]).abs().max() > 1e-2 * spread + 1e-6 * reference.abs().max():
+        return "the rows kept there come out changed: later layers mix the samples"
+    return ""
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:120]
+
+
+def _batched(tensor: Tensor | None) -> Tensor:
+    if tensor is None or tensor.ndim == 0:
+        raise IllegalTap("a tapped module gave out no tensor with a batch of rows.")
+    return tensor
+
+
+@contextmanager
+def _hooked(hooks: Iterable[tuple[nn.Module, Any]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for module, hook in list(hooks):
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield
+
+
+@contextmanager
+def _turn(net: nn.Module) -> Iterator[None]:
+    """Threads that hook the same network take turns; a thread already inside goes on."""
+    with _turns_guard:
+        lock = _turns.setdefault(net, threading.RLock())
+    with lock:
+        yield

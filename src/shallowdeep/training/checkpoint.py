@@ -1,0 +1,83 @@
+"""The state of a training run after an epoch, whole on disk or the one before it."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn, optim
+
+from shallowdeep.errors import FileFormatError
+from shallowdeep.storage import replacing, write_text
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run's ``checkpoint.pt`` and ``history.jsonl``.
+
+    Args:
+        folder: where they lie; ``None``: nothing is kept.
+        identity: what run this is; a checkpoint of another is refused.
+    """
+
+    folder: Path | None
+    identity: str
+
+    def save(
+        self, sdn: nn.Module, optimizer: optim.Optimizer, phase: int, epochs: int, history: list[dict[str, Any]]
+    ) -> None:
+        """Keep the state after some epochs of a phase; the checkpoint before is replaced."""
+        if self.folder is None:
+            return
+        state = {
+            "identity": self.identity,
+            "phase": phase,
+            "epochs": epochs,
+            "sdn": sdn.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "history": json.dumps(history),
+        }
+        with replacing(self.folder / "checkpoint.pt") as partial:
+            torch.save(state, partial)
+        write_text(self.folder / "history.jsonl", "".join(json.dumps(record) + "\n" for record in history))
+
+    def load(self, sdn: nn.Module, optimizer: optim.Optimizer, phase: int) -> int:
+        """Bring a phase to where it was left.
+
+        Returns:
+            Epochs of this phase that are done already; all of them (a large number) where a later phase
+            has begun.
+        """
+        state = self._read()
+        if state is None or state["phase"] < phase:
+            return 0
+        sdn.load_state_dict(state["sdn"])
+        if state["phase"] > phase:
+            return 1_000_000_000
+        optimizer.load_state_dict(state["optimizer"])
+        return state["epochs"]
+
+    def read_history(self) -> list[dict[str, Any]]:
+        """The records of the epochs done already."""
+        state = self._read()
+        return [] if state is None else json.loads(state["history"])
+
+    def _read(self) -> dict[str, Any] | None:
+        if self.folder is None or not (self.folder / "checkpoint.pt").exists():
+            return None
+        path = self.folder / "checkpoint.pt"
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+        except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, OSError) as error:
+            raise FileFormatError(f"{path} is damaged or foreign ({error}). Remove it to start anew.") from None
+        if not isinstance(state, dict) or state.get("identity") != self.identity:
+            found = state.get("identity") if isinstance(state, dict) else type(state).__name__
+            raise FileFormatError(
+                f"{path} belongs to another run ({found}); this one is ({self.identity}). Use another folder."
+            )
+        return state

@@ -1,0 +1,16 @@
+"""What several rooms' tests need."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def cifar_dir() -> Path:
+    """Folder that holds cifar10/ and cifar100/, complete."""
+    beside = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("SHALLOWDEEP_DATA") or beside)
+    if not (folder / "cifar10").is_dir() or not (folder / "cifar100").is_dir():
+        pytest.skip(f"no complete CIFAR under {folder}")
+    return folder
