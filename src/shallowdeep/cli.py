@@ -10,7 +10,12 @@ import typer
 
 from shallowdeep.errors import ConfigError, ShallowDeepError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", help="See where a network overthinks, and stop it there.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    help="See where a network overthinks, and stop it there.",
+)
 
 RunFolder = Annotated[Path, typer.Argument(help="run folder")]
 
@@ -29,7 +34,9 @@ def fit(
     threads: Annotated[int | None, typer.Option(help="of the CPU")] = None,
     init: Annotated[str | None, typer.Option(help="run whose backbone weights to start from")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, …")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="any key of the configuration, e.g. recipe.lr=0.1")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="any key of the configuration, e.g. recipe.lr=0.1")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in that folder")] = False,
 ) -> None:
     """Train a Shallow-Deep Network into a run folder."""

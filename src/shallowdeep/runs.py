@@ -12,7 +12,6 @@ import os
 import platform
 import shlex
 import sys
-import time
 import tomllib
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -45,12 +44,12 @@ class RecipeChoice(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = "fast"
-    epochs: int | None = Field(None, gt=0, description="of each phase")
-    batch_size: int | None = Field(None, gt=1)
-    lr: float | None = Field(None, gt=0)
-    weight_decay: float | None = Field(None, ge=0)
-    clip_norm: float | None = Field(None, gt=0)
-    label_smoothing: float | None = Field(None, ge=0, lt=1)
+    epochs: int | None = Field(default=None, gt=0, description="of each phase")
+    batch_size: int | None = Field(default=None, gt=1)
+    lr: float | None = Field(default=None, gt=0)
+    weight_decay: float | None = Field(default=None, ge=0)
+    clip_norm: float | None = Field(default=None, gt=0)
+    label_smoothing: float | None = Field(default=None, ge=0, lt=1)
     precision: Literal["auto", "fp32", "bf16"] | None = None
 
     def build(self, trains: Trains, network: str) -> Recipe:
@@ -66,21 +65,25 @@ class RunConfig(BaseModel):
 
     data: str = "digits"
     data_dir: str | None = None
-    val_size: int | None = Field(None, gt=0)
+    val_size: int | None = Field(default=None, gt=0)
     network: str = "resnet20"
     image_size: int = 32
     shares: tuple[float, ...] = SHARES
     taps: tuple[str, ...] | None = None
     strategy: str = "joint"
     recipe: RecipeChoice = RecipeChoice()
-    seed: int = Field(0, ge=0)
-    threads: int | None = Field(None, gt=0, description="a CPU's sums depend on their number")
-    init: str | None = Field(None, description="a run, or its sdn.safetensors, whose backbone weights to start from")
+    seed: int = Field(default=0, ge=0)
+    threads: int | None = Field(default=None, gt=0, description="a CPU's sums depend on their number")
+    init: str | None = Field(
+        default=None, description="a run, or its sdn.safetensors, whose backbone weights to start from"
+    )
     device: str = "auto"
-    validate_every: int = Field(1, ge=0)
+    validate_every: int = Field(default=1, ge=0)
 
 
-def load_config(file: str | os.PathLike[str] | None = None, changes: Mapping[str, Any] | None = None) -> RunConfig:
+def load_config(
+    file: str | os.PathLike[str] | None = None, changes: Mapping[str, Any] | None = None
+) -> RunConfig:
     """A RunConfig from a TOML file and changes to it.
 
     Args:
@@ -130,7 +133,9 @@ def _explain(error: ValidationError) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, config_keys(), n=3)
-        return f"unknown key '{key}'. " + (f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(config_keys())}")
+        return f"unknown key '{key}'. " + (
+            f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(config_keys())}"
+        )
     return f"{key} = {problem['input']!r}: {problem['msg'].lower()}."
 
 
@@ -160,7 +165,9 @@ class Run:
         values = config.model_dump(mode="json")
         if (place / "config.json").exists():
             if not resume:
-                raise ConfigError(f"{place} holds a run already. Pass --resume to go on with it, or name another folder.")
+                raise ConfigError(
+                    f"{place} holds a run already. Pass --resume to go on with it, or name another folder."
+                )
             if read_json(place / "config.json") != values:
                 raise ConfigError(f"{place} holds a run with another configuration. Name another folder.")
         elif place.exists() and any(place.iterdir()):
@@ -201,7 +208,9 @@ class Run:
             torch.set_num_threads(config.threads)
         data = self.load_data()
         sdn = self.build(data)
-        strategy = named_strategy(config.strategy, sdn, lambda trains: config.recipe.build(trains, config.network))
+        strategy = named_strategy(
+            config.strategy, sdn, lambda trains: config.recipe.build(trains, config.network)
+        )
         write_json(self.folder / "environment.json", describe_environment())
         fit(
             sdn,
@@ -221,7 +230,9 @@ class Run:
         """The trained network."""
         return ShallowDeepNetwork.load(self.weights)
 
-    def record(self, splits: Iterable[str] = ("train", "val", "test"), *, progress: bool = True) -> dict[str, Trace]:
+    def record(
+        self, splits: Iterable[str] = ("train", "val", "test"), *, progress: bool = True
+    ) -> dict[str, Trace]:
         """Record splits into ``traces/``; of the training split, 10,000 images at most."""
         sdn, data = self.load(), self.load_data()
         if torch.cuda.is_available() and self.config.device != "cpu":
@@ -243,7 +254,9 @@ class Run:
         """
         path = self.folder / "traces" / f"{split}.safetensors"
         if not path.exists():
-            raise FileFormatError(f"{self.folder} has no Trace of its {split} split. Make it: shallowdeep record {self.folder}")
+            raise FileFormatError(
+                f"{self.folder} has no Trace of its {split} split. Make it: shallowdeep record {self.folder}"
+            )
         return Trace.load(path)
 
 
@@ -255,7 +268,9 @@ def _load_backbone(sdn: ShallowDeepNetwork, path: Path) -> None:
     try:
         sdn.backbone.load_state_dict(weights)
     except RuntimeError as error:
-        raise FileFormatError(f"the backbone in {path} is another network: {str(error).splitlines()[0]}") from None
+        raise FileFormatError(
+            f"the backbone in {path} is another network: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def describe_environment() -> dict[str, Any]:

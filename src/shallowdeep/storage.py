@@ -80,7 +80,10 @@ def save_tensors(
         kind: what the file is, e.g. ``"trace"``; ``load_tensors`` asks for the same word.
         info: read back by ``load_tensors``.
     """
-    flat = {name: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    flat = {
+        name: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
     metadata = {"shallowdeep": json.dumps({"kind": kind, "format": FORMAT, "info": dict(info)})}
     with replacing(path) as partial:
         save_file(flat, partial, metadata=metadata)
@@ -101,7 +104,9 @@ def load_tensors(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, 
     except FileNotFoundError:
         raise FileFormatError(f"no file {path}") from None
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise FileFormatError(f"{path} is truncated or no safetensors file ({error}). Write it anew.") from None
+        raise FileFormatError(
+            f"{path} is truncated or no safetensors file ({error}). Write it anew."
+        ) from None
 
 
 def _check_header(header: Mapping[str, Any], path: object, kind: str) -> None:

@@ -1,0 +1,1 @@
+"""What a Trace shows: overthinking, confusion, budgets. A Trace goes in, a frozen result comes out."""

@@ -96,7 +96,9 @@ def choose_sites(sites: Sequence[Site], shares: Sequence[float], flops: int) -> 
         IllegalTap: there are fewer distinct legal sites than shares, or a share is no share.
     """
     if not all(0 < share < 1 for share in shares) or len(set(shares)) != len(shares):
-        raise IllegalTap(f"shares are distinct fractions of the network between 0 and 1, got {tuple(shares)}.")
+        raise IllegalTap(
+            f"shares are distinct fractions of the network between 0 and 1, got {tuple(shares)}."
+        )
     # At equal FLOPs the last site wins: after the pooling, the activation, the end of the block.
     candidates = {site.flops: site for site in sites if site.legal and 0 < site.flops < flops}
     if len(candidates) < len(shares):
@@ -120,7 +122,9 @@ def total_flops(net: nn.Module, example_inputs: Any) -> int:
     return count_flops(net, example_inputs) // batch_size(example_inputs)
 
 
-def _legal_sites(net: nn.Module, example_inputs: Any, taps: Sequence[str], logits: LogitsOf | None) -> list[Site]:
+def _legal_sites(
+    net: nn.Module, example_inputs: Any, taps: Sequence[str], logits: LogitsOf | None
+) -> list[Site]:
     if len(set(taps)) != len(taps):
         raise IllegalTap(f"taps must differ from each other, got {tuple(taps)}.")
     sites = probe_sites(net, example_inputs, taps, logits=logits)
@@ -169,6 +173,8 @@ def _check_width(last: torch.Tensor, spaces: Mapping[str, int], final_head: nn.M
 
 def _refuse_wrapped(net: nn.Module) -> None:
     if hasattr(net, "_orig_mod"):
-        raise NetworkError("this network is compiled, and hooks put on now would be ignored: attach first, then compile.")
+        raise NetworkError(
+            "this network is compiled, and hooks put on now would be ignored: attach first, then compile."
+        )
     if isinstance(net, DataParallel | DistributedDataParallel):
         raise NetworkError(f"this network is wrapped in {type(net).__name__}: attach first, then wrap.")

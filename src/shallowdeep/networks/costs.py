@@ -42,7 +42,12 @@ class Costs:
     nominal: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        lengths = {len(self.backbone_flops), len(self.head_flops), len(self.backbone_params), len(self.head_params)}
+        lengths = {
+            len(self.backbone_flops),
+            len(self.head_flops),
+            len(self.backbone_params),
+            len(self.head_params),
+        }
         if len(lengths) != 1 or not self.backbone_flops:
             raise TraceError(f"costs need one entry per exit in every list, got lists of {sorted(lengths)}.")
         if list(self.backbone_flops) != sorted(self.backbone_flops) or self.backbone_flops[-1] <= 0:

@@ -19,7 +19,9 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out)
         self.shortcut = nn.Sequential()
         if stride != 1 or channels != out:
-            self.shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """Features to features."""
@@ -83,7 +85,9 @@ class WideResNet(nn.Module):
     really train with.
     """
 
-    def __init__(self, num_classes: int, image_size: int, blocks: int = 5, width: int = 4, dropout: float = 0.3):
+    def __init__(
+        self, num_classes: int, image_size: int, blocks: int = 5, width: int = 4, dropout: float = 0.3
+    ):
         super().__init__()
         self.stem = nn.Conv2d(3, 16, 3, STEM_STRIDE[image_size], padding=1)
         sizes = (16, 16 * width, 32 * width, 64 * width)

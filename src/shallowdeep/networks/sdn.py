@@ -227,10 +227,15 @@ class ShallowDeepNetwork(nn.Module):
             backbone = load_network(**config["network"])
         placements = [_placement(values) for values in config["placements"]]
         if config["final_head"] and final_head is None:
-            raise FileFormatError(f"{path} was saved with a final head of its own. Pass it: load(path, final_head=…).")
+            raise FileFormatError(
+                f"{path} was saved with a final head of its own. Pass it: load(path, final_head=…)."
+            )
         sdn = cls(
             backbone,
-            [_rebuild_head(values, p.site, head, path) for values, p in zip(config["heads"], placements, strict=True)],
+            [
+                _rebuild_head(values, p.site, head, path)
+                for values, p in zip(config["heads"], placements, strict=True)
+            ],
             placements,
             Costs.from_dict(config["costs"]),
             label_spaces=config["label_spaces"],
@@ -245,7 +250,9 @@ class ShallowDeepNetwork(nn.Module):
 
     def extra_repr(self) -> str:
         """Taps and what each exit costs, shown when the network is printed."""
-        shares = ", ".join(f"{tap}: {cost:.3f}" for tap, cost in zip(self.taps, self.costs.relative(), strict=False))
+        shares = ", ".join(
+            f"{tap}: {cost:.3f}" for tap, cost in zip(self.taps, self.costs.relative(), strict=False)
+        )
         return f"relative cost to each exit: {{{shares}, last: {self.costs.relative()[-1]:.3f}}}"
 
 

@@ -1,0 +1,1 @@
+"""When to stop: policies, their replay on a Trace, and their thresholds."""

@@ -19,7 +19,12 @@ from shallowdeep.traces.trace import Trace, TraceInfo
 
 
 def record(
-    sdn: ShallowDeepNetwork, images: ImageSet, *, batch_size: int = 500, strategy: str = "", progress: bool = False
+    sdn: ShallowDeepNetwork,
+    images: ImageSet,
+    *,
+    batch_size: int = 500,
+    strategy: str = "",
+    progress: bool = False,
 ) -> Trace:
     """Run a split through the network once and keep every exit's logits.
 
@@ -53,7 +58,9 @@ def record(
         for start, batch in zip(range(0, len(images), batch_size), batches, strict=True):
             for store, found in zip(logits, _forward(sdn, batch.inputs.to(device)), strict=True):
                 store[start : start + len(found)] = found
-    return Trace(tuple(logits), images.labels.cpu(), images.ids.cpu(), sdn.costs, _info(sdn, images, strategy))
+    return Trace(
+        tuple(logits), images.labels.cpu(), images.ids.cpu(), sdn.costs, _info(sdn, images, strategy)
+    )
 
 
 def _forward(sdn: ShallowDeepNetwork, inputs: Tensor) -> list[Tensor]:
@@ -61,7 +68,9 @@ def _forward(sdn: ShallowDeepNetwork, inputs: Tensor) -> list[Tensor]:
         return sdn(inputs)
     except RuntimeError as error:
         message = str(error).strip().splitlines()[0]
-        raise NetworkError(f"the network does not take images of shape {tuple(inputs.shape[1:])}: {message}") from error
+        raise NetworkError(
+            f"the network does not take images of shape {tuple(inputs.shape[1:])}: {message}"
+        ) from error
 
 
 @contextmanager

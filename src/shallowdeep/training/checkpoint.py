@@ -29,7 +29,12 @@ class Checkpoint:
     identity: str
 
     def save(
-        self, sdn: nn.Module, optimizer: optim.Optimizer, phase: int, epochs: int, history: list[dict[str, Any]]
+        self,
+        sdn: nn.Module,
+        optimizer: optim.Optimizer,
+        phase: int,
+        epochs: int,
+        history: list[dict[str, Any]],
     ) -> None:
         """Keep the state after some epochs of a phase; the checkpoint before is replaced."""
         if self.folder is None:
@@ -74,7 +79,9 @@ class Checkpoint:
         try:
             state = torch.load(path, weights_only=True, map_location="cpu")
         except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, OSError) as error:
-            raise FileFormatError(f"{path} is damaged or foreign ({error}). Remove it to start anew.") from None
+            raise FileFormatError(
+                f"{path} is damaged or foreign ({error}). Remove it to start anew."
+            ) from None
         if not isinstance(state, dict) or state.get("identity") != self.identity:
             found = state.get("identity") if isinstance(state, dict) else type(state).__name__
             raise FileFormatError(

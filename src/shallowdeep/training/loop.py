@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,9 +111,22 @@ class _Run:
             started = time.perf_counter()
             with self.sdn.tapped():
                 record = _train_epoch(
-                    fabric, model, wrapped, train, self.data, phase, epoch, _epoch_seed(self.seed, number, epoch), self.progress
+                    fabric,
+                    model,
+                    wrapped,
+                    train,
+                    self.data,
+                    phase,
+                    epoch,
+                    _epoch_seed(self.seed, number, epoch),
+                    self.progress,
                 )
-            record = {"phase": number, "trains": phase.trains, **record, "seconds": time.perf_counter() - started}
+            record = {
+                "phase": number,
+                "trains": phase.trains,
+                **record,
+                "seconds": time.perf_counter() - started,
+            }
             if self.validate_every and (epoch + 1) % self.validate_every == 0:
                 record["val_accuracy"] = _accuracy(model, self.sdn, self.data.val.to(fabric.device), recipe)
             self.history.append(record)
@@ -174,7 +185,12 @@ def _train_epoch(
             if (step + 1) % REPORT_EVERY == 0:
                 _report(line, loss_sum / (step + 1), right / seen, epoch)
     mean_loss = _finite(loss_sum / steps, epoch)
-    return {"epoch": epoch + 1, "loss": mean_loss, "lr": recipe.rate(epoch / recipe.epochs), "train_accuracy": (right / seen).tolist()}
+    return {
+        "epoch": epoch + 1,
+        "loss": mean_loss,
+        "lr": recipe.rate(epoch / recipe.epochs),
+        "train_accuracy": (right / seen).tolist(),
+    }
 
 
 def _report(line: Bar, loss: Tensor, accuracy: Tensor, epoch: int) -> None:

@@ -1,0 +1,97 @@
+"""Thresholds from validation data."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from shallowdeep.errors import CalibrationError, ConfigError, UnknownName
+from shallowdeep.policies.replay import Curve, sweep, sweep_confidence
+from shallowdeep.policies.rules import ExitPolicy, Patience
+from shallowdeep.traces.trace import Trace
+
+FAMILIES = ("confidence", "patience")
+
+
+def calibrate(
+    trace: Trace,
+    *,
+    max_cost: float | None = None,
+    max_accuracy_drop: float | None = None,
+    reference: Literal["last", "original"] = "last",
+    original: Trace | None = None,
+    rule: str = "confidence",
+    exits: tuple[int, ...] | None = None,
+    answer: str = "last",
+    allow_test: bool = False,
+) -> ExitPolicy:
+    """Choose a policy's threshold on validation data.
+
+    Args:
+        trace: of the validation split, with labels.
+        max_cost: budget, mean cost as a share of the plain backbone. Chosen is the highest accuracy within
+            it (of equals the cheapest).
+        max_accuracy_drop: accuracy that may be given up, e.g. 0.01. Chosen is the lowest cost within it.
+            Exactly one of the two is given.
+        reference: what the drop is measured from: this network's ``"last"`` exit, or the ``"original"``
+            network, trained alone.
+        original: the original network's Trace of the same samples. Not needed after IC-only training,
+            whose last exit is the original network.
+        rule: ``"confidence"`` or ``"patience"``.
+        exits: the internal exits to look at; ``None``: all.
+        answer: as for ``Confidence``.
+        allow_test: choose on a test split all the same; its accuracy is then no fair figure.
+
+    Raises:
+        CalibrationError: the demand cannot be met, or the split is the test split.
+        ConfigError: both demands or none are given.
+
+    Cite: Kaya, Hong & Dumitras, ICML 2019, section 5.1; the authors' code chooses on the test split.
+    """
+    if (max_cost is None) == (max_accuracy_drop is None):
+        raise ConfigError("give either max_cost or max_accuracy_drop.")
+    if trace.info.split == "test" and not allow_test:
+        raise CalibrationError("a threshold is not chosen on the test split: pass the validation Trace.")
+    curve = sweep_rule(trace, rule, exits=exits, answer=answer)
+    if max_cost is not None:
+        chosen = curve.best_within(max_cost)
+        demand = f"a cost of at most {max_cost}: the cheapest threshold costs {curve.cost.min():.4f}"
+    else:
+        assert max_accuracy_drop is not None
+        floor = reference_accuracy(trace, reference, original) - max_accuracy_drop
+        chosen = curve.cheapest_above(floor - 1e-12)  # the same share summed in another order
+        demand = f"an accuracy of at least {floor:.4f}: the best threshold reaches {curve.accuracy.max():.4f}"
+    if chosen is None:
+        raise CalibrationError(f"no {rule} threshold has {demand}.")
+    return curve.policy(curve.thresholds[chosen].item())
+
+
+def sweep_rule(
+    trace: Trace, rule: str, *, exits: tuple[int, ...] | None = None, answer: str = "last"
+) -> Curve:
+    """Accuracy and cost of a rule at every threshold that makes a difference.
+
+    Raises:
+        UnknownName: there is no such rule.
+    """
+    if rule == "confidence":
+        return sweep_confidence(trace, exits=exits, answer=answer)
+    if rule == "patience":
+        most = trace.num_exits if exits is None else len(exits) + 1
+        return sweep(trace, lambda patience: Patience(int(patience), exits), range(most))
+    raise UnknownName("rule", rule, FAMILIES)
+
+
+def reference_accuracy(trace: Trace, reference: str, original: Trace | None) -> float:
+    """Accuracy that a drop is measured from; see ``calibrate``."""
+    if reference == "last":
+        return trace.correct[:, -1].double().mean().item()
+    if reference != "original":
+        raise UnknownName("reference", reference, ("last", "original"))
+    if original is None and trace.info.strategy != "ic_only":
+        raise CalibrationError(
+            "the original network's accuracy is not in this Trace: pass original=, its Trace of the same samples."
+        )
+    if original is not None and original.ids.sort().values.tolist() != trace.ids.sort().values.tolist():
+        raise CalibrationError("the original network's Trace holds other samples than this one.")
+    source = trace if original is None else original
+    return source.correct[:, -1].double().mean().item()
