@@ -1,1 +1,113 @@
 """See where a neural network overthinks, and stop it there."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shallowdeep.analysis.budgets import measure_budgets
+    from shallowdeep.analysis.confusion import confusion_scores, measure_confusion
+    from shallowdeep.analysis.overthinking import measure_overthinking
+    from shallowdeep.config import RunConfig, load_config
+    from shallowdeep.data.images import Augmentation, ImageSet, Splits
+    from shallowdeep.data.labels import LabelTree
+    from shallowdeep.data.sources import load_data
+    from shallowdeep.errors import ShallowDeepError
+    from shallowdeep.networks.attach import attach
+    from shallowdeep.networks.costs import Costs
+    from shallowdeep.networks.sdn import ShallowDeepNetwork
+    from shallowdeep.networks.taps import Site, probe
+    from shallowdeep.networks.zoo import load_network
+    from shallowdeep.policies.calibrate import calibrate
+    from shallowdeep.policies.replay import Decisions, oracle, replay, sweep, sweep_confidence
+    from shallowdeep.policies.rules import Confidence, ExitPolicy, Patience, Verdict, policy_from_dict
+    from shallowdeep.runs import Run
+    from shallowdeep.traces.record import record
+    from shallowdeep.traces.trace import Trace, TraceInfo
+    from shallowdeep.training.loop import fit
+    from shallowdeep.training.objectives import Exits, Joint, Plain
+    from shallowdeep.training.recipes import Recipe, named_recipe
+    from shallowdeep.training.strategies import Phase, named_strategy
+
+_HOMES = {
+    "analysis.budgets": ["measure_budgets"],
+    "analysis.confusion": ["confusion_scores", "measure_confusion"],
+    "analysis.overthinking": ["measure_overthinking"],
+    "config": ["RunConfig", "load_config"],
+    "data.images": ["Augmentation", "ImageSet", "Splits"],
+    "data.labels": ["LabelTree"],
+    "data.sources": ["load_data"],
+    "errors": ["ShallowDeepError"],
+    "networks.attach": ["attach"],
+    "networks.costs": ["Costs"],
+    "networks.sdn": ["ShallowDeepNetwork"],
+    "networks.taps": ["Site", "probe"],
+    "networks.zoo": ["load_network"],
+    "policies.calibrate": ["calibrate"],
+    "policies.replay": ["Decisions", "oracle", "replay", "sweep", "sweep_confidence"],
+    "policies.rules": ["Confidence", "ExitPolicy", "Patience", "Verdict", "policy_from_dict"],
+    "runs": ["Run"],
+    "traces.record": ["record"],
+    "traces.trace": ["Trace", "TraceInfo"],
+    "training.loop": ["fit"],
+    "training.objectives": ["Exits", "Joint", "Plain"],
+    "training.recipes": ["Recipe", "named_recipe"],
+    "training.strategies": ["Phase", "named_strategy"],
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Augmentation",
+    "Confidence",
+    "Costs",
+    "Decisions",
+    "ExitPolicy",
+    "Exits",
+    "ImageSet",
+    "Joint",
+    "LabelTree",
+    "Patience",
+    "Phase",
+    "Plain",
+    "Recipe",
+    "Run",
+    "RunConfig",
+    "ShallowDeepError",
+    "ShallowDeepNetwork",
+    "Site",
+    "Splits",
+    "Trace",
+    "TraceInfo",
+    "Verdict",
+    "attach",
+    "calibrate",
+    "confusion_scores",
+    "fit",
+    "load_config",
+    "load_data",
+    "load_network",
+    "measure_budgets",
+    "measure_confusion",
+    "measure_overthinking",
+    "named_recipe",
+    "named_strategy",
+    "oracle",
+    "policy_from_dict",
+    "probe",
+    "record",
+    "replay",
+    "sweep",
+    "sweep_confidence",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for: importing the package alone does not import torch."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'shallowdeep' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"shallowdeep.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,20 +14,71 @@ from shallowdeep.errors import ConfigError, ShallowDeepError
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
-    help="See where a network overthinks, and stop it there.",
+    pretty_exceptions_enable=False,
+    help="See where a neural network overthinks, and stop it there.",
 )
 
 RunFolder = Annotated[Path, typer.Argument(help="run folder")]
 
 
 @app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for the three runs")] = Path("runs/demo"),
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the runs in that folder")] = False,
+) -> None:
+    """The whole job on real digits, offline: train, record, analyse, choose a threshold."""
+    from shallowdeep.demo import run_demo
+
+    run_demo(out, say=typer.echo, resume=resume)
+    typer.echo(f"\nRun folder: {out}\nLook closer: shallowdeep analyze {out / 'ic_only'}")
+
+
+@app.command()
+def probe(
+    network: Annotated[str | None, typer.Argument(help="network by name; without one: list the names")] = None,
+    num_classes: Annotated[int, typer.Option(help="outputs of the network")] = 10,
+    image_size: Annotated[int, typer.Option(help="side of the images in pixels")] = 32,
+    shares: Annotated[list[float] | None, typer.Option(help="cost shares to place exits at (repeat)")] = None,
+    everywhere: Annotated[bool, typer.Option(help="look inside every block, however cheap")] = False,
+) -> None:
+    """Prove where exits may sit, and show where they would."""
+    import torch
+
+    from shallowdeep.networks.attach import SHARES, attach
+    from shallowdeep.networks.taps import probe
+    from shallowdeep.networks.zoo import load_network, networks
+
+    if network is None:
+        typer.echo("\n".join(networks()))
+        return
+    net = load_network(network, num_classes=num_classes, image_size=image_size)
+    example = torch.zeros(1, 3, image_size, image_size)
+    sdn = attach(net, example, shares=tuple(shares or SHARES))
+    total = sdn.costs.backbone_flops[-1]
+    sites = probe(net, example, split_over=0.0 if everywhere else 0.1)
+    _show(
+        f"{network}: {total / 1e6:.1f} MFLOPs, {sdn.costs.backbone_params[-1] / 1e6:.3f} M parameters",
+        [
+            {
+                "site": site.name,
+                "shape": "×".join(map(str, site.shape)),
+                "MFLOPs": f"{site.flops / 1e6:.1f}",
+                "share": site.flops / total,
+                "exit": "yes" if site.legal else site.why_not,
+            }
+            for site in sites
+        ],
+    )
+    _show("Exits", _placements(sdn))
+
+
+@app.command()
 def fit(
     out: Annotated[Path, typer.Option(help="run folder to make")],
-    config: Annotated[Path | None, typer.Option(help="TOML file with a RunConfig")] = None,
-    data: Annotated[str | None, typer.Option(help="data set")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with the keys of a RunConfig")] = None,
+    data: Annotated[str | None, typer.Option(help="data set: digits, cifar10, cifar100")] = None,
     data_dir: Annotated[str | None, typer.Option(help="folder with the data sets")] = None,
-    network: Annotated[str | None, typer.Option(help="network")] = None,
+    network: Annotated[str | None, typer.Option(help="network by name")] = None,
     strategy: Annotated[str | None, typer.Option(help="plain, ic_only, joint or mixed")] = None,
     recipe: Annotated[str | None, typer.Option(help="paper or fast")] = None,
     epochs: Annotated[int | None, typer.Option(help="of each phase")] = None,
@@ -34,13 +86,12 @@ def fit(
     threads: Annotated[int | None, typer.Option(help="of the CPU")] = None,
     init: Annotated[str | None, typer.Option(help="run whose backbone weights to start from")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, …")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="any key of the configuration, e.g. recipe.lr=0.1")
-    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="any key, e.g. recipe.lr=0.1 (repeat)")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in that folder")] = False,
 ) -> None:
     """Train a Shallow-Deep Network into a run folder."""
-    from shallowdeep.runs import Run, load_config
+    from shallowdeep.config import load_config
+    from shallowdeep.runs import Run
 
     named = {
         "data": data, "data_dir": data_dir, "network": network, "strategy": strategy, "recipe.name": recipe,
@@ -48,20 +99,101 @@ def fit(
     }  # fmt: skip
     changes = {key: value for key, value in named.items() if value is not None} | _assignments(set_ or [])
     run = Run.create(out, load_config(config, changes), resume=resume)
-    run.fit(resume=resume)
-    typer.echo(f"trained: {run.weights}")
+    sdn = run.fit(resume=resume)
+    if sdn.exits:
+        _show("Exits", _placements(sdn))
+    typer.echo(f"Trained: {run.weights}\nNext: shallowdeep record {out}")
 
 
 @app.command()
 def record(run: RunFolder) -> None:
-    """Run the splits through a trained network once, and keep what every exit said."""
+    """Run each split through the trained network once, and keep what every exit said."""
     from shallowdeep.runs import Run
 
     for split, trace in Run(run).record().items():
         typer.echo(f"{split}: {len(trace)} samples, {trace.num_exits} exits")
 
 
-def _assignments(texts: list[str]) -> dict[str, str]:
+@app.command()
+def analyze(source: Annotated[Path, typer.Argument(help="run folder, or a Trace file")]) -> None:
+    """Overthinking, confusion and accuracy within budgets, from what was recorded."""
+    from shallowdeep.analysis.overthinking import measure_overthinking
+    from shallowdeep.runs import Run
+    from shallowdeep.traces.trace import Trace
+
+    found = Run(source).analyze() if source.is_dir() else {"overthinking": measure_overthinking(Trace.load(source))}
+    for name, result in found.items():
+        _show(name.capitalize(), result.rows())
+        typer.echo(f"{result}\n")
+
+
+@app.command()
+def calibrate(
+    run: RunFolder,
+    max_cost: Annotated[float | None, typer.Option(help="mean cost allowed, 1.0 is the plain network")] = None,
+    max_accuracy_drop: Annotated[float | None, typer.Option(help="accuracy that may be given up, e.g. 0.01")] = None,
+    reference: Annotated[str, typer.Option(help="drop measured from: last exit, or original network")] = "last",
+    original: Annotated[Path | None, typer.Option(help="run of the original network")] = None,
+    rule: Annotated[str, typer.Option(help="confidence or patience")] = "confidence",
+    answer: Annotated[str, typer.Option(help="of the unsure: last or most_confident")] = "last",
+) -> None:
+    """Choose when to stop, on validation data; writes policy.json."""
+    from shallowdeep.runs import Run
+
+    chosen = Run(run)
+    decisions = chosen.calibrate(
+        original=None if original is None else Run(original),
+        max_cost=max_cost,
+        max_accuracy_drop=max_accuracy_drop,
+        reference=reference,
+        rule=rule,
+        answer=answer,
+    )
+    typer.echo(f"{chosen.policy()}\nOn validation: {decisions}\nNext: shallowdeep replay {run}")
+
+
+@app.command()
+def replay(
+    run: RunFolder, split: Annotated[str, typer.Option(help="recorded split: train, val or test")] = "test"
+) -> None:
+    """What the chosen policy does on a recorded split."""
+    from shallowdeep.runs import Run
+
+    decisions = Run(run).replay(split)
+    _show(f"Policy on {split}", decisions.rows())
+    typer.echo(str(decisions))
+
+
+def _placements(sdn: Any) -> list[dict[str, Any]]:
+    return [
+        {"exit": i, "tap": p.site.name, "asked": p.asked, "got": p.got, "cost with exits": cost}
+        for i, (p, cost) in enumerate(zip(sdn.placements, sdn.costs.relative().tolist(), strict=False))
+    ]
+
+
+def _show(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name, value in rows[0].items():
+        table.add_column(name, justify="left" if isinstance(value, str) else "right")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _assignments(texts: Sequence[str]) -> dict[str, str]:
     pairs = [text.partition("=") for text in texts]
     for key, sign, _ in pairs:
         if not sign:
@@ -70,16 +202,9 @@ def _assignments(texts: list[str]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line and exit code 2."""
+    """Entry point: what the user can mend is one line and exit code 2."""
     try:
         app()
-    except ShallowDeepError as error:
+    except (ShallowDeepError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    except OSError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -7,136 +7,39 @@ A run folder is the whole provenance of a number::
 
 from __future__ import annotations
 
-import difflib
 import os
 import platform
 import shlex
 import sys
-import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
+from shallowdeep.analysis.budgets import measure_budgets
+from shallowdeep.analysis.confusion import measure_confusion
+from shallowdeep.analysis.overthinking import measure_overthinking
+from shallowdeep.config import RunConfig, explain
 from shallowdeep.data.images import Splits
 from shallowdeep.data.sources import load_data
 from shallowdeep.errors import ConfigError, FileFormatError
-from shallowdeep.networks.attach import SHARES, attach
+from shallowdeep.networks.attach import attach
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.networks.zoo import load_network
+from shallowdeep.policies.calibrate import calibrate
+from shallowdeep.policies.replay import Decisions, replay
+from shallowdeep.policies.rules import ExitPolicy, policy_from_dict
 from shallowdeep.storage import load_tensors, read_json, write_json
 from shallowdeep.traces.record import record
 from shallowdeep.traces.trace import Trace
 from shallowdeep.training.loop import fit
-from shallowdeep.training.recipes import Recipe, Trains, named_recipe
 from shallowdeep.training.strategies import named_strategy
 
 TRAIN_TRACE_SIZE = 10_000  # images of the training split that are recorded, for confusion's mean and spread
-
-
-class RecipeChoice(BaseModel):
-    """A recipe by name, and what to change in it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str = "fast"
-    epochs: int | None = Field(default=None, gt=0, description="of each phase")
-    batch_size: int | None = Field(default=None, gt=1)
-    lr: float | None = Field(default=None, gt=0)
-    weight_decay: float | None = Field(default=None, ge=0)
-    clip_norm: float | None = Field(default=None, gt=0)
-    label_smoothing: float | None = Field(default=None, ge=0, lt=1)
-    precision: Literal["auto", "fp32", "bf16"] | None = None
-
-    def build(self, trains: Trains, network: str) -> Recipe:
-        """The recipe for what a phase trains."""
-        changes = self.model_dump(exclude={"name"}, exclude_none=True)
-        return Recipe(**{**named_recipe(self.name, trains, network).model_dump(), **changes})
-
-
-class RunConfig(BaseModel):
-    """Everything that decides a run's numbers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    data: str = "digits"
-    data_dir: str | None = None
-    val_size: int | None = Field(default=None, gt=0)
-    network: str = "resnet20"
-    image_size: int = 32
-    shares: tuple[float, ...] = SHARES
-    taps: tuple[str, ...] | None = None
-    strategy: str = "joint"
-    recipe: RecipeChoice = RecipeChoice()
-    seed: int = Field(default=0, ge=0)
-    threads: int | None = Field(default=None, gt=0, description="a CPU's sums depend on their number")
-    init: str | None = Field(
-        default=None, description="a run, or its sdn.safetensors, whose backbone weights to start from"
-    )
-    device: str = "auto"
-    validate_every: int = Field(default=1, ge=0)
-
-
-def load_config(
-    file: str | os.PathLike[str] | None = None, changes: Mapping[str, Any] | None = None
-) -> RunConfig:
-    """A RunConfig from a TOML file and changes to it.
-
-    Args:
-        file: a TOML file whose keys are RunConfig's; ``None``: start from the defaults.
-        changes: dotted key to value, e.g. ``{"recipe.lr": 0.05}``; they win over the file. Text is read
-            as the field's type.
-
-    Raises:
-        ConfigError: the file is missing or no TOML, a key is unknown (the nearest ones are named), or a
-            value has the wrong type or range.
-
-    >>> load_config(changes={"strategy": "plain", "recipe.epochs": "3"}).recipe.epochs
-    3
-    """
-    values = {} if file is None else _read_toml(Path(file))
-    for key, value in (changes or {}).items():
-        *parents, leaf = key.split(".")
-        place = values
-        for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
-                raise ConfigError(f"unknown key '{key}': '{parent}' is no group of options.")
-        place[leaf] = value
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(_explain(error)) from None
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"no file {path}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"cannot read {path} as TOML: {error}") from None
-
-
-def config_keys() -> list[str]:
-    """All keys of a RunConfig, dotted."""
-    nested = [f"recipe.{name}" for name in RecipeChoice.model_fields]
-    return sorted([name for name in RunConfig.model_fields if name != "recipe"] + nested)
-
-
-def _explain(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, config_keys(), n=3)
-        return f"unknown key '{key}'. " + (
-            f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(config_keys())}"
-        )
-    return f"{key} = {problem['input']!r}: {problem['msg'].lower()}."
 
 
 class Run:
@@ -152,7 +55,7 @@ class Run:
         try:
             self.config = RunConfig.model_validate(values)
         except ValidationError as error:
-            raise FileFormatError(f"{self.folder / 'config.json'}: {_explain(error)}") from None
+            raise FileFormatError(f"{self.folder / 'config.json'}: {explain(error)}") from None
 
     @classmethod
     def create(cls, folder: str | os.PathLike[str], config: RunConfig, *, resume: bool = False) -> Run:
@@ -208,9 +111,7 @@ class Run:
             torch.set_num_threads(config.threads)
         data = self.load_data()
         sdn = self.build(data)
-        strategy = named_strategy(
-            config.strategy, sdn, lambda trains: config.recipe.build(trains, config.network)
-        )
+        strategy = named_strategy(config.strategy, sdn, lambda trains: config.recipe.build(trains, config.network))
         write_json(self.folder / "environment.json", describe_environment())
         fit(
             sdn,
@@ -230,9 +131,7 @@ class Run:
         """The trained network."""
         return ShallowDeepNetwork.load(self.weights)
 
-    def record(
-        self, splits: Iterable[str] = ("train", "val", "test"), *, progress: bool = True
-    ) -> dict[str, Trace]:
+    def record(self, splits: Iterable[str] = ("train", "val", "test"), *, progress: bool = True) -> dict[str, Trace]:
         """Record splits into ``traces/``; of the training split, 10,000 images at most."""
         sdn, data = self.load(), self.load_data()
         if torch.cuda.is_available() and self.config.device != "cpu":
@@ -254,10 +153,73 @@ class Run:
         """
         path = self.folder / "traces" / f"{split}.safetensors"
         if not path.exists():
-            raise FileFormatError(
-                f"{self.folder} has no Trace of its {split} split. Make it: shallowdeep record {self.folder}"
-            )
+            command = f"shallowdeep record {self.folder}"
+            raise FileFormatError(f"{self.folder} has no Trace of its {split} split. Make it: {command}")
         return Trace.load(path)
+
+    def analyze(self) -> dict[str, Result]:
+        """Every analysis of the recorded splits, also written to ``results/``."""
+        test = self.trace("test")
+        found: dict[str, Result] = {"overthinking": measure_overthinking(test)}
+        if test.num_exits > 1:
+            found["confusion"] = measure_confusion(test, self.trace("train"))
+            found["budgets"] = measure_budgets(self.trace("val"), test)
+        for name, result in found.items():
+            self.write_result(name, result)
+        return found
+
+    def calibrate(self, *, original: Run | None = None, **demand: Any) -> Decisions:
+        """Choose the run's policy on its validation split and write it to ``policy.json``.
+
+        Args:
+            original: the run of the plain network, where the drop is measured from it.
+            **demand: as for ``calibrate``.
+
+        Returns:
+            What the policy does on the validation split.
+        """
+        val = self.trace("val")
+        policy = calibrate(val, original=None if original is None else original.trace("val"), **demand)
+        write_json(self.folder / "policy.json", policy.to_dict())
+        decisions = replay(val, policy)
+        self.write_result("calibration", decisions, policy=policy.to_dict())
+        return decisions
+
+    def policy(self) -> ExitPolicy:
+        """The run's policy.
+
+        Raises:
+            FileFormatError: none was chosen yet.
+        """
+        path = self.folder / "policy.json"
+        if not path.exists():
+            command = f"shallowdeep calibrate {self.folder} --max-cost 0.5"
+            raise FileFormatError(f"{self.folder} has no policy. Choose one: {command}")
+        return policy_from_dict(read_json(path))
+
+    def replay(self, split: str = "test") -> Decisions:
+        """What the run's policy does on a recorded split, also written to ``results/``."""
+        decisions = replay(self.trace(split), self.policy())
+        self.write_result("replay", decisions, split=split, policy=self.policy().to_dict())
+        return decisions
+
+    def write_result(self, name: str, result: Result, **more: Any) -> None:
+        """Write a result to ``results/<name>.json``, with the configuration and environment it rests on."""
+        environment = read_json(self.folder / "environment.json")
+        values = {**more, **result.to_dict(), "config": self.config.model_dump(mode="json"), "environment": environment}
+        write_json(self.folder / "results" / f"{name}.json", values)
+
+
+class Result(Protocol):
+    """What every analysis returns."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """As a table."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able values."""
+        ...
 
 
 def _load_backbone(sdn: ShallowDeepNetwork, path: Path) -> None:
@@ -268,9 +230,7 @@ def _load_backbone(sdn: ShallowDeepNetwork, path: Path) -> None:
     try:
         sdn.backbone.load_state_dict(weights)
     except RuntimeError as error:
-        raise FileFormatError(
-            f"the backbone in {path} is another network: {str(error).splitlines()[0]}"
-        ) from None
+        raise FileFormatError(f"the backbone in {path} is another network: {str(error).splitlines()[0]}") from None
 
 
 def describe_environment() -> dict[str, Any]:

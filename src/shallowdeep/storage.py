@@ -81,8 +81,7 @@ def save_tensors(
         info: read back by ``load_tensors``.
     """
     flat = {
-        name: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
+        name: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
     metadata = {"shallowdeep": json.dumps({"kind": kind, "format": FORMAT, "info": dict(info)})}
     with replacing(path) as partial:
@@ -99,20 +98,19 @@ def load_tensors(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, 
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("shallowdeep", "{}"))
+            if not isinstance(header, dict) or not header.keys() >= {"kind", "format", "info"}:
+                raise FileFormatError(f"{path} is a file that shallowdeep did not write, not a {kind}.")
             _check_header(header, path, kind)
             return {name: file.get_tensor(name) for name in file.keys()}, header["info"]  # noqa: SIM118
     except FileNotFoundError:
         raise FileFormatError(f"no file {path}") from None
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise FileFormatError(
-            f"{path} is truncated or no safetensors file ({error}). Write it anew."
-        ) from None
+        raise FileFormatError(f"{path} is truncated or no safetensors file ({error}). Write it anew.") from None
 
 
 def _check_header(header: Mapping[str, Any], path: object, kind: str) -> None:
-    if header.get("kind") != kind:
-        found = f"a {header['kind']}" if "kind" in header else "a file that shallowdeep did not write"
-        raise FileFormatError(f"{path} is {found}, not a {kind}.")
+    if header["kind"] != kind:
+        raise FileFormatError(f"{path} is a {header['kind']}, not a {kind}.")
     if header["format"] > FORMAT:
         raise FileFormatError(
             f"{path} has format {header['format']}; this version reads up to {FORMAT}. Upgrade shallowdeep."

@@ -56,8 +56,8 @@ class Confusion:
         return (
             f"Normalised confusion is {self.mean_correct:+.2f} on right and {self.mean_wrong:+.2f} on wrong answers; "
             f"confidence {self.confidence_correct:.2f} and {self.confidence_wrong:.2f}.\n"
-            f"An alarm at the mean of the right answers misses {100 * self.wrong_below_correct_mean:.1f} % of the wrong "
-            f"ones by confusion, {100 * self.wrong_above_correct_mean_confidence:.1f} % by confidence.\n"
+            f"An alarm at the mean of the right answers misses {100 * self.wrong_below_correct_mean:.1f} % of the "
+            f"wrong ones by confusion, {100 * self.wrong_above_correct_mean_confidence:.1f} % by confidence.\n"
             f"AUROC for finding wrong answers: {areas}."
         )
 
@@ -79,9 +79,7 @@ def confusion_scores(trace: Trace) -> Float[Tensor, " n"]:
     if len({logits.shape[1] for logits in trace.logits}) != 1:
         raise TraceError("confusion compares softmax vectors; these exits differ in their number of outputs.")
     last = trace.logits[-1].softmax(-1)
-    return sum(
-        ((logits.softmax(-1) - last).abs().sum(1) for logits in trace.logits[:-1]), torch.zeros(len(trace))
-    )
+    return sum(((logits.softmax(-1) - last).abs().sum(1) for logits in trace.logits[:-1]), torch.zeros(len(trace)))
 
 
 def measure_confusion(trace: Trace, training: Trace) -> Confusion:
@@ -108,9 +106,7 @@ def measure_confusion(trace: Trace, training: Trace) -> Confusion:
     entropy = torch.special.entr(probabilities).sum(1)
     right = trace.correct[:, -1]
     if right.all() or not right.any():
-        raise TraceError(
-            "the last exit's answers are all right or all wrong; there is nothing to tell apart."
-        )
+        raise TraceError("the last exit's answers are all right or all wrong; there is nothing to tell apart.")
     of_right, of_wrong = confusion[right].mean(), confusion[~right].mean()
     sure = confidence[right].mean()
     return Confusion(

@@ -207,9 +207,7 @@ class ImageSet:
             yield images, rows
 
     def _normalise(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        mean, std = (
-            torch.tensor(values, device=self.device).view(-1, 1, 1) for values in (self.mean, self.std)
-        )
+        mean, std = (torch.tensor(values, device=self.device).view(-1, 1, 1) for values in (self.mean, self.std))
         # (x / 255 - mean) / std as one product and one sum, in place
         return images.float().mul_(1 / (255 * std)).sub_(mean / std)
 
@@ -345,9 +343,7 @@ def _check_images(data: ImageSet) -> None:
 def _check_labels(data: ImageSet) -> None:
     for what, values in (("labels", data.labels), ("ids", data.ids)):
         if values.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64) or values.ndim != 1:
-            raise DataError(
-                f"{what} are {values.dtype} of shape {tuple(values.shape)}. Give int64, one per image."
-            )
+            raise DataError(f"{what} are {values.dtype} of shape {tuple(values.shape)}. Give int64, one per image.")
     low, high = (int(value) for value in data.labels.aminmax())
     if low < 0 or high >= data.num_classes:
         raise DataError(

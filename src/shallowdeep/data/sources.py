@@ -133,9 +133,7 @@ def _num_val(asked: int | None, source: Source, available: int) -> int:
     if asked is None:
         return source.val_size or available // 10
     if not 0 < asked < available:
-        raise ConfigError(
-            f"cannot hold out {asked} of {available} training images. Take from 1 to {available - 1}."
-        )
+        raise ConfigError(f"cannot hold out {asked} of {available} training images. Take from 1 to {available - 1}.")
     return asked
 
 
@@ -167,9 +165,7 @@ def _read_digits() -> tuple[Rows, Rows]:
     labels = torch.from_numpy(digits.target).long()
     names = {"fine": tuple(str(digit) for digit in range(10))}
     train, test = stratified_split(labels, 360, seed=0)
-    return Rows(images[train], {"fine": labels[train]}, names), Rows(
-        images[test], {"fine": labels[test]}, names
-    )
+    return Rows(images[train], {"fine": labels[train]}, names), Rows(images[test], {"fine": labels[test]}, names)
 
 
 def _read_files(name: str, source: Source, data_dir: str | os.PathLike[str] | None) -> tuple[Rows, Rows]:
@@ -290,9 +286,7 @@ def _decode(shards: Sequence[Path], source: Source, title: str) -> Rows:
         space: torch.cat([_labels(shard, file, column) for shard, file in files.items()])
         for space, column in source.columns.items()
     }
-    names = {
-        space: _class_names(shards[0], files[shards[0]], column) for space, column in source.columns.items()
-    }
+    names = {space: _class_names(shards[0], files[shards[0]], column) for space, column in source.columns.items()}
     return Rows(torch.from_numpy(images), labels, names)
 
 
@@ -317,9 +311,7 @@ def _reading(shard: Path) -> Iterator[None]:
     try:
         yield
     except (arrow.ArrowException, OSError) as error:
-        raise DataError(
-            f"{shard} is truncated or no Parquet file ({error}). Copy or download it again."
-        ) from None
+        raise DataError(f"{shard} is truncated or no Parquet file ({error}). Copy or download it again.") from None
 
 
 def _pixels(files: Mapping[Path, Any]) -> Iterator[np.ndarray]:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from shallowdeep.errors import IllegalTap, NetworkError
-from shallowdeep.networks.calls import LogitsOf, batch_size, call, evaluating, find_logits
+from shallowdeep.networks.calls import LogitsOf, batch_size, evaluating, example_logits
 from shallowdeep.networks.costs import Costs, count_flops, count_params
 from shallowdeep.networks.exits import default_head
 from shallowdeep.networks.sdn import Placement, ShallowDeepNetwork
@@ -57,7 +57,7 @@ def attach(
     """
     _refuse_wrapped(net)
     with evaluating(net):
-        last = find_logits(call(net, example_inputs), logits)
+        last = example_logits(net, example_inputs, logits)
     flops, params = total_flops(net, example_inputs), count_params(net)
     if taps is None:
         found = choose_sites(probe(net, example_inputs, logits=logits), shares, flops)
@@ -96,9 +96,7 @@ def choose_sites(sites: Sequence[Site], shares: Sequence[float], flops: int) -> 
         IllegalTap: there are fewer distinct legal sites than shares, or a share is no share.
     """
     if not all(0 < share < 1 for share in shares) or len(set(shares)) != len(shares):
-        raise IllegalTap(
-            f"shares are distinct fractions of the network between 0 and 1, got {tuple(shares)}."
-        )
+        raise IllegalTap(f"shares are distinct fractions of the network between 0 and 1, got {tuple(shares)}.")
     # At equal FLOPs the last site wins: after the pooling, the activation, the end of the block.
     candidates = {site.flops: site for site in sites if site.legal and 0 < site.flops < flops}
     if len(candidates) < len(shares):
@@ -122,9 +120,7 @@ def total_flops(net: nn.Module, example_inputs: Any) -> int:
     return count_flops(net, example_inputs) // batch_size(example_inputs)
 
 
-def _legal_sites(
-    net: nn.Module, example_inputs: Any, taps: Sequence[str], logits: LogitsOf | None
-) -> list[Site]:
+def _legal_sites(net: nn.Module, example_inputs: Any, taps: Sequence[str], logits: LogitsOf | None) -> list[Site]:
     if len(set(taps)) != len(taps):
         raise IllegalTap(f"taps must differ from each other, got {tuple(taps)}.")
     sites = probe_sites(net, example_inputs, taps, logits=logits)
@@ -136,7 +132,7 @@ def _legal_sites(
                 f"no exit can sit at '{site.name}': {site.why_not}. "
                 f"Legal taps nearby: {', '.join(s.name for s in nearby) or 'none'}."
             )
-    if [s.flops for s in sites] != sorted(s.flops for s in sites):
+    if [site.name for site in sites] != list(taps):
         raise IllegalTap(f"taps must be given from shallow to deep, got {tuple(taps)}.")
     return sites
 

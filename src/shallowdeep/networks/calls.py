@@ -46,13 +46,35 @@ def find_logits(output: Any, logits: LogitsOf | None = None) -> Tensor:
     return found
 
 
+def example_logits(net: nn.Module, inputs: Any, logits: LogitsOf | None = None) -> Tensor:
+    """Call a network on an example and find its logits.
+
+    Raises:
+        NetworkError: it does not take the example, or returns no logits.
+    """
+    try:
+        output = call(net, inputs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:  # what layers raise on a wrong shape
+        raise NetworkError(
+            f"the network does not take the example inputs: {first_line(error)}. "
+            "Pass example_inputs of the shape it is made for."
+        ) from error
+    return find_logits(output, logits)
+
+
+def first_line(error: Exception) -> str:
+    """The beginning of what an error says, short enough for a message of our own."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:120]
+
+
 def _obvious_logits(output: Any) -> Any:
     if isinstance(output, Tensor):
         return output
-    if isinstance(output, Mapping) and "logits" in output:
-        return output["logits"]
     if hasattr(output, "logits"):
         return output.logits
+    if isinstance(output, Mapping) and "logits" in output:
+        return output["logits"]
     if not isinstance(output, Mapping | tuple | list):
         return output
     entries = output.values() if isinstance(output, Mapping) else output
@@ -90,7 +112,7 @@ def distinct_rows(inputs: Any, num_rows: int) -> Any:
         t = t[torch.arange(num_rows) % len(t)]
         if not t.is_floating_point():
             return torch.stack([row.roll(i, -1) if row.ndim else row for i, row in enumerate(t)])
-        spread = t.std().nan_to_num().clamp_min(0.1)
+        spread = t.std(correction=0).nan_to_num().clamp_min(0.1)
         return t + spread * torch.randn(t.shape, generator=generator).to(t)
 
     return pytree.tree_map_only(Tensor, widen, inputs)

@@ -6,7 +6,8 @@ count 0. A relative cost is a share of the plain backbone's FLOPs (1.0).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -48,6 +49,8 @@ class Costs:
             len(self.backbone_params),
             len(self.head_params),
         }
+        if self.nominal is not None:
+            lengths.add(len(self.nominal))
         if len(lengths) != 1 or not self.backbone_flops:
             raise TraceError(f"costs need one entry per exit in every list, got lists of {sorted(lengths)}.")
         if list(self.backbone_flops) != sorted(self.backbone_flops) or self.backbone_flops[-1] <= 0:
@@ -98,7 +101,8 @@ class Costs:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Costs:
         """Read back what ``to_dict`` gave."""
-        return cls(**{key: None if value is None else tuple(value) for key, value in values.items()})
+        lists: dict[str, Any] = {key: None if value is None else tuple(value) for key, value in values.items()}
+        return cls(**lists)
 
 
 def count_flops(module: nn.Module, inputs: Any) -> int:
@@ -109,9 +113,21 @@ def count_flops(module: nn.Module, inputs: Any) -> int:
     >>> count_flops(nn.Linear(10, 3), torch.zeros(1, 10))
     60
     """
-    with evaluating(module), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with evaluating(module), flop_counter() as counter:
         call(module, inputs)
     return counter.get_total_flops()
+
+
+@contextmanager
+def flop_counter() -> Iterator[FlopCounterMode]:
+    """Count FLOPs inside the context, those of attention too: PyTorch counts its fused kernels as 0 on a CPU."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            yield counter
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def count_params(module: nn.Module) -> int:

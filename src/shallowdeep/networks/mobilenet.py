@@ -22,9 +22,7 @@ class MobileNet(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
         channels = (32, *(out for out, _ in BLOCKS))
-        self.blocks = nn.Sequential(
-            *(_separable(c, *block) for c, block in zip(channels, BLOCKS, strict=False))
-        )
+        self.blocks = nn.Sequential(*(_separable(c, *block) for c, block in zip(channels, BLOCKS, strict=False)))
         self.fc = nn.Linear(channels[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,9 +21,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out)
         self.shortcut = nn.Sequential()
         if stride != 1 or channels != out:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
 
     def forward(self, x: Tensor) -> Tensor:
         """Features to features."""
@@ -56,6 +56,10 @@ class ResNet(nn.Module):
     - output ``(n, num_classes)``
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+
     def __init__(self, blocks: int, num_classes: int, image_size: int):
         super().__init__()
         self.stem = nn.Sequential(
@@ -85,13 +89,15 @@ class WideResNet(nn.Module):
     really train with.
     """
 
-    def __init__(
-        self, num_classes: int, image_size: int, blocks: int = 5, width: int = 4, dropout: float = 0.3
-    ):
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+
+    def __init__(self, num_classes: int, image_size: int, blocks: int = 5, width: int = 4, dropout: float = 0.3):
         super().__init__()
         self.stem = nn.Conv2d(3, 16, 3, STEM_STRIDE[image_size], padding=1)
         sizes = (16, 16 * width, 32 * width, 64 * width)
-        for i, (channels, out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        for i, (channels, out) in enumerate(pairwise(sizes)):
             strides = [1 if i == 0 else 2] + [1] * (blocks - 1)
             stage = [WideBlock(channels if j == 0 else out, out, s, dropout) for j, s in enumerate(strides)]
             self.add_module(f"layer{i + 1}", nn.Sequential(*stage))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shallowdeep.errors import FileFormatError, NetworkError
-from shallowdeep.networks.calls import LogitsOf, call, find_logits
+from shallowdeep.networks.calls import LogitsOf, call, find_logits, first_line
 from shallowdeep.networks.costs import Costs
 from shallowdeep.networks.exits import build_head, head_config
 from shallowdeep.networks.taps import Site, run_until, tapped
@@ -219,40 +219,36 @@ class ShallowDeepNetwork(nn.Module):
             FileFormatError: the file is truncated, foreign, or its weights do not fit the network.
         """
         tensors, config = load_tensors(path, kind="sdn")
-        if backbone is None:
-            if config["network"] is None:
+        try:
+            backbone = backbone or _named_network(config, path)
+            if config["final_head"] and final_head is None:
                 raise FileFormatError(
-                    f"{path} holds a network that is not known by name. Build it and pass it: load(path, backbone=net)."
+                    f"{path} was saved with a final head of its own. Pass it: load(path, final_head=…)."
                 )
-            backbone = load_network(**config["network"])
-        placements = [_placement(values) for values in config["placements"]]
-        if config["final_head"] and final_head is None:
+            placements = [_placement(values) for values in config["placements"]]
+            heads = [
+                _rebuild_head(values, p.site, head, path) for values, p in zip(config["heads"], placements, strict=True)
+            ]
+            costs, label_spaces = Costs.from_dict(config["costs"]), config["label_spaces"]
+        except (KeyError, TypeError, AttributeError) as error:
             raise FileFormatError(
-                f"{path} was saved with a final head of its own. Pass it: load(path, final_head=…)."
-            )
+                f"{path} describes no Shallow-Deep Network ({first_line(error)}). Save it anew."
+            ) from error
         sdn = cls(
             backbone,
-            [
-                _rebuild_head(values, p.site, head, path)
-                for values, p in zip(config["heads"], placements, strict=True)
-            ],
+            heads,
             placements,
-            Costs.from_dict(config["costs"]),
-            label_spaces=config["label_spaces"],
+            costs,
+            label_spaces=label_spaces,
             final_head=final_head,
             logits=logits,
         )
-        try:
-            sdn.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise FileFormatError(f"the weights in {path} do not fit the network: {error}") from None
+        _load_weights(sdn, tensors, path)
         return sdn
 
     def extra_repr(self) -> str:
         """Taps and what each exit costs, shown when the network is printed."""
-        shares = ", ".join(
-            f"{tap}: {cost:.3f}" for tap, cost in zip(self.taps, self.costs.relative(), strict=False)
-        )
+        shares = ", ".join(f"{tap}: {cost:.3f}" for tap, cost in zip(self.taps, self.costs.relative(), strict=False))
         return f"relative cost to each exit: {{{shares}, last: {self.costs.relative()[-1]:.3f}}}"
 
 
@@ -283,6 +279,30 @@ class TruncatedNetwork(nn.Module):
 def _placement(values: Mapping[str, Any]) -> Placement:
     site = Site(**{**values["site"], "shape": tuple(values["site"]["shape"])})
     return Placement(values["asked"], values["got"], site, tuple(values["unreached"]))
+
+
+def _named_network(config: Mapping[str, Any], path: object) -> nn.Module:
+    if config["network"] is None:
+        raise FileFormatError(
+            f"{path} holds a network that is not known by name. Build it and pass it: load(path, backbone=net)."
+        )
+    return load_network(**config["network"])
+
+
+def _load_weights(sdn: nn.Module, tensors: Mapping[str, Tensor], path: object) -> None:
+    # Looked at beforehand: PyTorch raises only after it has overwritten everything that fits.
+    own = sdn.state_dict()
+    wrong = sorted(
+        name
+        for name in own.keys() | tensors.keys()
+        if name not in own or name not in tensors or own[name].shape != tensors[name].shape
+    )
+    if wrong:
+        raise FileFormatError(
+            f"the weights in {path} do not fit the network: {len(wrong)} names or shapes differ, first '{wrong[0]}'. "
+            "Pass the backbone, heads and final head it was saved with."
+        )
+    sdn.load_state_dict(tensors)
 
 
 def _rebuild_head(

@@ -7,17 +7,26 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
-from shallowdeep.errors import IllegalTap, NetworkError
-from shallowdeep.networks.calls import LogitsOf, call, distinct_rows, evaluating, find_logits, first_tensor
+from shallowdeep.errors import IllegalTap
+from shallowdeep.networks.calls import (
+    LogitsOf,
+    call,
+    distinct_rows,
+    evaluating,
+    example_logits,
+    find_logits,
+    first_line,
+    first_tensor,
+)
+from shallowdeep.networks.costs import flop_counter
 
 PROOF_ROWS = 4
 KEPT_ROWS = (1, 3)  # at least two of at least four: a single row could broadcast and look legal
@@ -110,7 +119,7 @@ def take_rows(net: nn.Module, name: str, rows: Tensor) -> Iterator[None]:
         yield
 
 
-class _Reached(Exception):  # noqa: N818 - a way out of a forward, no error
+class _Reached(Exception):
     def __init__(self, features: Tensor):
         self.features = features
 
@@ -174,7 +183,7 @@ def probe(
 def probe_sites(
     net: nn.Module, example_inputs: Any, names: Iterable[str], *, logits: LogitsOf | None = None
 ) -> list[Site]:
-    """``probe`` for given submodules only, in the order given."""
+    """``probe`` for given submodules only, in the order in which they are computed."""
     inputs = distinct_rows(example_inputs, PROOF_ROWS)
     sites = []
     with _turn(net), evaluating(net):
@@ -185,11 +194,15 @@ def probe_sites(
                 raise IllegalTap(f"'{name}' is not called in a forward of this network.")
             objection = walk.visits[name].objection or _prove(net, inputs, name, walk.logits, logits)
             sites.append(walk.visits[name].site(why_not=objection))
-    return sites
+        order = list(walk.visits)
+    return sorted(sites, key=lambda site: order.index(site.name))
 
 
 def modules_after(net: nn.Module, example_inputs: Any, name: str) -> tuple[str, ...]:
-    """Submodules that a forward enters only after another one is done, or never; outermost names only."""
+    """Submodules that a forward enters only after another one is done; outermost names only.
+
+    One that is never entered stays: its parent may use its weights, as attention does those of its last layer.
+    """
     entered: set[str] = set()
 
     def enter(module: nn.Module, args: Any, name: str) -> None:
@@ -199,9 +212,11 @@ def modules_after(net: nn.Module, example_inputs: Any, name: str) -> tuple[str, 
         for other, module in net.named_modules():
             hooks.callback(module.register_forward_pre_hook(partial(enter, name=other)).remove)
         run_until(net, name, example_inputs)
-    # A container that holds modules but is never called itself counts by what is in it.
-    reached = {part for other in entered for part in _ancestors(other)}
-    missed = [other for other, _ in net.named_modules() if other not in reached]
+        # A container that holds modules but is never called itself counts by what is in it.
+        reached = {part for other in entered for part in _ancestors(other)}
+        call(net, example_inputs)
+    ran = {part for other in entered for part in _ancestors(other)}
+    missed = [other for other, _ in net.named_modules() if other in ran - reached]
     return tuple(other for other in missed if other.rpartition(".")[0] in reached | {""})
 
 
@@ -216,6 +231,7 @@ class _Visit:
     calls: int = 0
     own_flops: int = 0
     flops: int = 0
+    entered: int = 0  # modules that were entered before this one was done
     params: int = 0
     shape: tuple[int, ...] = ()
     objection: str = ""
@@ -236,27 +252,20 @@ class _Walk:
 def _walk(net: nn.Module, inputs: Any, logits: LogitsOf | None) -> _Walk:
     walk = _Walk()
     entered: dict[str, int] = {}
-    seen_params: set[int] = set()
-    params = 0
-    # A fused attention kernel counts 0 on a CPU; the plain mathematics is counted right.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, ExitStack() as hooks:
+    with flop_counter() as counter, ExitStack() as hooks:
         for name, module in net.named_modules():
             if not name:
                 continue
 
             def enter(module: nn.Module, args: Any, name: str = name) -> None:
-                nonlocal params
                 entered[name] = counter.get_total_flops()
-                for parameter in module.parameters(recurse=False):
-                    params += 0 if id(parameter) in seen_params else parameter.numel()
-                    seen_params.add(id(parameter))
 
             def leave(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
                 visit = walk.visits.pop(name, None) or _Visit(name)
                 visit.calls += 1
                 visit.flops = counter.get_total_flops() // PROOF_ROWS
                 visit.own_flops += visit.flops - entered[name] // PROOF_ROWS
-                visit.params = params
+                visit.entered = len(entered)
                 tensor = first_tensor(output)
                 visit.shape = tuple(tensor.shape[1:]) if tensor is not None else ()
                 visit.objection = _objection(visit.calls, tensor)
@@ -264,15 +273,29 @@ def _walk(net: nn.Module, inputs: Any, logits: LogitsOf | None) -> _Walk:
 
             hooks.callback(module.register_forward_pre_hook(enter).remove)
             hooks.callback(module.register_forward_hook(leave).remove)
-        try:
-            walk.logits = find_logits(call(net, inputs), logits)
-        except (RuntimeError, TypeError) as error:
-            raise NetworkError(
-                f"the network does not take the example inputs: {_first_line(error)}. "
-                "Pass example_inputs of the shape it is made for."
-            ) from error
+        walk.logits = example_logits(net, inputs, logits)
         walk.flops = counter.get_total_flops() // PROOF_ROWS
+    params = _params_entered(net, list(entered))
+    for visit in walk.visits.values():
+        visit.params = params[visit.entered]
     return walk
+
+
+def _params_entered(net: nn.Module, entered: list[str]) -> list[int]:
+    """Parameters used when none, one, two … of some modules were entered.
+
+    Those of the network itself, and of a module that is never entered, count with the nearest parent that is.
+    """
+    places = {"": 0} | {name: i + 1 for i, name in enumerate(entered)}
+    first_use: dict[nn.Parameter, int] = {}
+    for name, parameter in net.named_parameters(remove_duplicate=False):
+        parents = reversed(["", *_ancestors(name)])
+        place = next(places[parent] for parent in parents if parent in places)
+        first_use[parameter] = min(place, first_use.get(parameter, place))
+    added = [0] * len(places)
+    for parameter, place in first_use.items():
+        added[place] += parameter.numel()
+    return list(accumulate(added))
 
 
 def _objection(calls: int, tensor: Tensor | None) -> str:
@@ -293,7 +316,7 @@ def _prove(net: nn.Module, inputs: Any, name: str, reference: Tensor, logits: Lo
         with take_rows(net, name, rows):
             found = find_logits(call(net, inputs), logits)
     except Exception as error:  # whatever a later layer raises when it still wants all rows
-        return f"with {kept} of {all_rows} rows kept there, a later layer still wants {all_rows} ({_first_line(error)})"
+        return f"with {kept} of {all_rows} rows kept there, a later layer still wants {all_rows} ({first_line(error)})"
     if len(found) != kept:
         return f"with {kept} of {all_rows} rows kept there, {len(found)} rows of logits come out"
     # Other rows of the batch change a sum's order, never more; the samples themselves differ by far more.
@@ -301,11 +324,6 @@ def _prove(net: nn.Module, inputs: Any, name: str, reference: Tensor, logits: Lo
     if (found - reference[rows]).abs().max() > 1e-2 * spread + 1e-6 * reference.abs().max():
         return "the rows kept there come out changed: later layers mix the samples"
     return ""
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:120]
 
 
 def _batched(tensor: Tensor | None) -> Tensor:

@@ -30,9 +30,7 @@ class VGG(nn.Module):
         flat = CHANNELS[-1] * (image_size // 2 ** len(POOL_AFTER)) ** 2
         blocks.append(nn.Sequential(nn.Flatten(), nn.Linear(flat, first), nn.ReLU(), nn.Dropout(0.5)))
         self.layers = nn.Sequential(*blocks)
-        self.classifier = nn.Sequential(
-            nn.Linear(first, second), nn.Dropout(0.5), nn.Linear(second, num_classes)
-        )
+        self.classifier = nn.Sequential(nn.Linear(first, second), nn.Dropout(0.5), nn.Linear(second, num_classes))
         self.apply(_initialise)
 
     def forward(self, x: Tensor) -> Tensor:

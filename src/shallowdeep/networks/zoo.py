@@ -54,7 +54,8 @@ def load_network(name: str, *, num_classes: int, image_size: int = 32) -> nn.Mod
     if num_classes < 2:
         raise ConfigError(f"a classifier needs at least 2 classes, got num_classes={num_classes}.")
     net = NETWORKS[name](num_classes, image_size)
-    net.shallowdeep_spec = NetworkSpec(name, {"num_classes": num_classes, "image_size": image_size})
+    spec = NetworkSpec(name, {"num_classes": num_classes, "image_size": image_size})
+    net.shallowdeep_spec = spec  # type: ignore[assignment]
     return net
 
 

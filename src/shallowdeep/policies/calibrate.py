@@ -65,9 +65,7 @@ def calibrate(
     return curve.policy(curve.thresholds[chosen].item())
 
 
-def sweep_rule(
-    trace: Trace, rule: str, *, exits: tuple[int, ...] | None = None, answer: str = "last"
-) -> Curve:
+def sweep_rule(trace: Trace, rule: str, *, exits: tuple[int, ...] | None = None, answer: str = "last") -> Curve:
     """Accuracy and cost of a rule at every threshold that makes a difference.
 
     Raises:

@@ -81,9 +81,7 @@ class Decisions:
     def __str__(self) -> str:
         accuracy = "" if self.labels is None else f"accuracy {100 * self.accuracy:.2f} %, "
         shares = " ".join(f"{100 * share:.0f}" for share in self.exit_shares)
-        return (
-            f"{accuracy}cost {100 * self.cost:.1f} % of the plain network, leaving at each exit (%): {shares}"
-        )
+        return f"{accuracy}cost {100 * self.cost:.1f} % of the plain network, leaving at each exit (%): {shares}"
 
 
 def replay(trace: Trace, policy: ExitPolicy) -> Decisions:

@@ -87,9 +87,7 @@ class Confidence:
 
     def __post_init__(self) -> None:
         if not isinstance(self.threshold, Tensor) and not 0 <= self.threshold <= 2:
-            raise ConfigError(
-                f"a confidence threshold lies between 0 and 1 (above: never stop), got {self.threshold}."
-            )
+            raise ConfigError(f"a confidence threshold lies between 0 and 1 (above: never stop), got {self.threshold}.")
         if self.answer not in ("last", "most_confident"):
             raise ConfigError(f"answer is 'last' or 'most_confident', got {self.answer!r}.")
         _check_exits(self.exits)
@@ -131,9 +129,7 @@ class Patience:
     exits: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.patience, Tensor) and (
-            self.patience < 0 or self.patience != int(self.patience)
-        ):
+        if not isinstance(self.patience, Tensor) and (self.patience < 0 or self.patience != int(self.patience)):
             raise ConfigError(f"patience is a whole number of exits, 0 or more, got {self.patience}.")
         _check_exits(self.exits)
 
@@ -187,9 +183,7 @@ def exits_of(policy: ExitPolicy, num_exits: int) -> list[int]:
     last = num_exits - 1
     internal = list(range(last)) if policy.exits is None else list(policy.exits)
     if any(exit >= last for exit in internal):
-        raise ConfigError(
-            f"the policy looks at exits {internal}; this network's internal exits are 0 to {last - 1}."
-        )
+        raise ConfigError(f"the policy looks at exits {internal}; this network's internal exits are 0 to {last - 1}.")
     return [*internal, last]
 
 
@@ -199,7 +193,5 @@ def _check_exits(exits: tuple[int, ...] | None) -> None:
 
 
 def _to_dict(policy: Any) -> dict[str, Any]:
-    values = {
-        name: value.item() if isinstance(value, Tensor) else value for name, value in vars(policy).items()
-    }
+    values = {name: value.item() if isinstance(value, Tensor) else value for name, value in vars(policy).items()}
     return {"kind": policy.kind, **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}

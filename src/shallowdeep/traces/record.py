@@ -58,9 +58,7 @@ def record(
         for start, batch in zip(range(0, len(images), batch_size), batches, strict=True):
             for store, found in zip(logits, _forward(sdn, batch.inputs.to(device)), strict=True):
                 store[start : start + len(found)] = found
-    return Trace(
-        tuple(logits), images.labels.cpu(), images.ids.cpu(), sdn.costs, _info(sdn, images, strategy)
-    )
+    return Trace(tuple(logits), images.labels.cpu(), images.ids.cpu(), sdn.costs, _info(sdn, images, strategy))
 
 
 def _forward(sdn: ShallowDeepNetwork, inputs: Tensor) -> list[Tensor]:
@@ -68,9 +66,7 @@ def _forward(sdn: ShallowDeepNetwork, inputs: Tensor) -> list[Tensor]:
         return sdn(inputs)
     except RuntimeError as error:
         message = str(error).strip().splitlines()[0]
-        raise NetworkError(
-            f"the network does not take images of shape {tuple(inputs.shape[1:])}: {message}"
-        ) from error
+        raise NetworkError(f"the network does not take images of shape {tuple(inputs.shape[1:])}: {message}") from error
 
 
 @contextmanager

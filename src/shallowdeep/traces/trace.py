@@ -84,20 +84,14 @@ class Trace:
                 f"a Trace needs the same number of samples, at least 1, everywhere; got {sorted(lengths)}."
             )
         if self.costs.num_exits != len(self.logits):
-            raise TraceError(
-                f"the Trace has {len(self.logits)} exits, its costs have {self.costs.num_exits}."
-            )
+            raise TraceError(f"the Trace has {len(self.logits)} exits, its costs have {self.costs.num_exits}.")
         if len(self.ids.unique()) != len(self.ids):
-            raise TraceError(
-                f"{len(self.ids) - len(self.ids.unique())} ids occur twice; every sample has its own."
-            )
+            raise TraceError(f"{len(self.ids) - len(self.ids.unique())} ids occur twice; every sample has its own.")
         if not all(bool(logits.isfinite().all()) for logits in self.logits):
             raise TraceError("some logits are not finite; the network diverged or overflowed.")
         if self.labels is not None and (self.labels.min() < 0 or self.labels.max() >= self.num_outputs):
             low, high = int(self.labels.min()), int(self.labels.max())
-            raise TraceError(
-                f"labels run from {low} to {high}, the last exit has outputs 0 to {self.num_outputs - 1}."
-            )
+            raise TraceError(f"labels run from {low} to {high}, the last exit has outputs 0 to {self.num_outputs - 1}.")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -164,9 +158,7 @@ class Trace:
         labels = [part.labels for part in parts if part.labels is not None]
         return replace(
             parts[0],
-            logits=tuple(
-                torch.cat(exits)[rows] for exits in zip(*(part.logits for part in parts), strict=True)
-            ),
+            logits=tuple(torch.cat(exits)[rows] for exits in zip(*(part.logits for part in parts), strict=True)),
             labels=torch.cat(labels)[rows] if len(labels) == len(parts) else None,
             ids=ids[rows],
         )
@@ -179,10 +171,7 @@ class Trace:
             dtype: store the logits in this type, e.g. ``torch.float16`` to halve the file; decisions whose
                 confidence lies within its rounding of a threshold may then differ.
         """
-        tensors = {
-            f"logits.{i}": logits if dtype is None else logits.to(dtype)
-            for i, logits in enumerate(self.logits)
-        }
+        tensors = {f"logits.{i}": logits if dtype is None else logits.to(dtype) for i, logits in enumerate(self.logits)}
         tensors["ids"] = self.ids
         if self.labels is not None:
             tensors["labels"] = self.labels

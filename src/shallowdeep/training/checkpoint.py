@@ -79,9 +79,7 @@ class Checkpoint:
         try:
             state = torch.load(path, weights_only=True, map_location="cpu")
         except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, OSError) as error:
-            raise FileFormatError(
-                f"{path} is damaged or foreign ({error}). Remove it to start anew."
-            ) from None
+            raise FileFormatError(f"{path} is damaged or foreign ({error}). Remove it to start anew.") from None
         if not isinstance(state, dict) or state.get("identity") != self.identity:
             found = state.get("identity") if isinstance(state, dict) else type(state).__name__
             raise FileFormatError(

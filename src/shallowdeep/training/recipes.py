@@ -24,18 +24,12 @@ class Recipe(BaseModel):
     lr: float = Field(gt=0, description="peak learning rate")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="of sgd; adam's betas are PyTorch's")
     nesterov: bool = False
-    weight_decay: float = Field(
-        default=5e-4, ge=0, description="on every trained parameter, as the authors do"
-    )
+    weight_decay: float = Field(default=5e-4, ge=0, description="on every trained parameter, as the authors do")
     schedule: Literal["constant", "milestones", "one_cycle"] = "milestones"
-    milestones: tuple[float, ...] = Field(
-        default=(), description="progress at which the rate is divided by ten"
-    )
+    milestones: tuple[float, ...] = Field(default=(), description="progress at which the rate is divided by ten")
     warmup: float = Field(default=0.25, gt=0, lt=1, description="share of a one-cycle schedule that rises")
     clip_norm: float | None = Field(default=None, gt=0)
-    label_smoothing: float = Field(
-        default=0.0, ge=0, lt=1, description="changes every confidence; off by default"
-    )
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="changes every confidence; off by default")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="fp32", description="auto: bf16 where the device computes in it"
     )

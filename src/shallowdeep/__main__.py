@@ -1,0 +1,5 @@
+"""``python -m shallowdeep``: the command line."""
+
+from shallowdeep.cli import main
+
+main()

@@ -1,0 +1,116 @@
+"""A run's configuration: everything that decides its numbers, from TOML, from options, checked."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from shallowdeep.errors import ConfigError
+from shallowdeep.networks.attach import SHARES
+from shallowdeep.training.recipes import Recipe, Trains, named_recipe
+
+
+class RecipeChoice(BaseModel):
+    """A recipe by name, and what to change in it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = "fast"
+    epochs: int | None = Field(default=None, gt=0, description="of each phase")
+    batch_size: int | None = Field(default=None, gt=1)
+    lr: float | None = Field(default=None, gt=0)
+    weight_decay: float | None = Field(default=None, ge=0)
+    clip_norm: float | None = Field(default=None, gt=0)
+    label_smoothing: float | None = Field(default=None, ge=0, lt=1)
+    precision: Literal["auto", "fp32", "bf16"] | None = None
+
+    def build(self, trains: Trains, network: str) -> Recipe:
+        """The recipe for what a phase trains."""
+        changes = self.model_dump(exclude={"name"}, exclude_none=True)
+        return Recipe(**{**named_recipe(self.name, trains, network).model_dump(), **changes})
+
+
+class RunConfig(BaseModel):
+    """Everything that decides a run's numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: str = "digits"
+    data_dir: str | None = None
+    val_size: int | None = Field(default=None, gt=0)
+    network: str = "resnet20"
+    image_size: int = 32
+    shares: tuple[float, ...] = SHARES
+    taps: tuple[str, ...] | None = None
+    strategy: str = "joint"
+    recipe: RecipeChoice = RecipeChoice()
+    seed: int = Field(default=0, ge=0)
+    threads: int | None = Field(default=None, gt=0, description="a CPU's sums depend on their number")
+    init: str | None = Field(
+        default=None, description="a run, or its sdn.safetensors, whose backbone weights to start from"
+    )
+    device: str = "auto"
+    validate_every: int = Field(default=1, ge=0)
+
+
+def load_config(file: str | os.PathLike[str] | None = None, changes: Mapping[str, Any] | None = None) -> RunConfig:
+    """A RunConfig from a TOML file and changes to it.
+
+    Args:
+        file: a TOML file whose keys are RunConfig's; ``None``: start from the defaults.
+        changes: dotted key to value, e.g. ``{"recipe.lr": 0.05}``; they win over the file. Text is read
+            as the field's type.
+
+    Raises:
+        ConfigError: the file is missing or no TOML, a key is unknown (the nearest ones are named), or a
+            value has the wrong type or range.
+
+    >>> load_config(changes={"strategy": "plain", "recipe.epochs": "3"}).recipe.epochs
+    3
+    """
+    values = {} if file is None else _read_toml(Path(file))
+    for key, value in (changes or {}).items():
+        *parents, leaf = key.split(".")
+        place = values
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"unknown key '{key}': '{parent}' is no group of options.")
+        place[leaf] = value
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no file {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"cannot read {path} as TOML: {error}") from None
+
+
+def config_keys() -> list[str]:
+    """All keys of a RunConfig, dotted."""
+    nested = [f"recipe.{name}" for name in RecipeChoice.model_fields]
+    return sorted([name for name in RunConfig.model_fields if name != "recipe"] + nested)
+
+
+def explain(error: ValidationError) -> str:
+    """The first problem of a configuration in one line, with the nearest names for an unknown key."""
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, config_keys(), n=3)
+        return f"unknown key '{key}'. " + (
+            f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(config_keys())}"
+        )
+    return f"{key} = {problem['input']!r}: {problem['msg'].lower()}."
