@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +15,15 @@ def cifar_dir() -> Path:
     if not (folder / "cifar10").is_dir() or not (folder / "cifar100").is_dir():
         pytest.skip(f"no complete CIFAR under {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Workers share the cores; and sums depend on the number of threads."""
+    torch.set_num_threads(1)

@@ -110,7 +110,7 @@ def record(run: RunFolder) -> None:
     """Run each split through the trained network once, and keep what every exit said."""
     from shallowdeep.runs import Run
 
-    for split, trace in Run(run).record().items():
+    for split, trace in Run.open(run).record().items():
         typer.echo(f"{split}: {len(trace)} samples, {trace.num_exits} exits")
 
 
@@ -121,7 +121,7 @@ def analyze(source: Annotated[Path, typer.Argument(help="run folder, or a Trace 
     from shallowdeep.runs import Run
     from shallowdeep.traces.trace import Trace
 
-    found = Run(source).analyze() if source.is_dir() else {"overthinking": measure_overthinking(Trace.load(source))}
+    found = Run.open(source).analyze() if source.is_dir() else {"overthinking": measure_overthinking(Trace.load(source))}
     for name, result in found.items():
         _show(name.capitalize(), result.rows())
         typer.echo(f"{result}\n")
@@ -140,9 +140,9 @@ def calibrate(
     """Choose when to stop, on validation data; writes policy.json."""
     from shallowdeep.runs import Run
 
-    chosen = Run(run)
+    chosen = Run.open(run)
     decisions = chosen.calibrate(
-        original=None if original is None else Run(original),
+        original=None if original is None else Run.open(original),
         max_cost=max_cost,
         max_accuracy_drop=max_accuracy_drop,
         reference=reference,
@@ -159,7 +159,7 @@ def replay(
     """What the chosen policy does on a recorded split."""
     from shallowdeep.runs import Run
 
-    decisions = Run(run).replay(split)
+    decisions = Run.open(run).replay(split)
     _show(f"Policy on {split}", decisions.rows())
     typer.echo(str(decisions))
 
@@ -204,7 +204,7 @@ def _assignments(texts: Sequence[str]) -> dict[str, str]:
 def main() -> None:
     """Entry point: what the user can mend is one line and exit code 2."""
     try:
-        app()
+        app(prog_name="shallowdeep")
     except (ShallowDeepError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)

@@ -11,6 +11,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -22,17 +23,17 @@ T = TypeVar("T")
 class Bar:
     """One line of a progress display; ``advance`` moves it, ``say`` sets the words behind it."""
 
-    def __init__(self, progress: Progress, task: int):
+    def __init__(self, progress: Progress, task: TaskID):
         self._progress = progress
         self._task = task
 
     def advance(self, steps: int = 1) -> None:
         """Move on by some steps."""
-        self._progress.advance(self._task, steps)  # type: ignore[arg-type]
+        self._progress.advance(self._task, steps)
 
     def say(self, text: str) -> None:
         """Show a few words behind the bar."""
-        self._progress.update(self._task, text=text)  # type: ignore[arg-type]
+        self._progress.update(self._task, text=text)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from pydantic import ValidationError
@@ -33,7 +33,7 @@ from shallowdeep.networks.zoo import load_network
 from shallowdeep.policies.calibrate import calibrate
 from shallowdeep.policies.replay import Decisions, replay
 from shallowdeep.policies.rules import ExitPolicy, policy_from_dict
-from shallowdeep.storage import load_tensors, read_json, write_json
+from shallowdeep.storage import load_tensors, read_json, write_json, write_text
 from shallowdeep.traces.record import record
 from shallowdeep.traces.trace import Trace
 from shallowdeep.training.loop import fit
@@ -46,37 +46,44 @@ class Run:
     """A run folder: what is in it, and the steps that fill it.
 
     Args:
-        folder: of the run; ``create`` makes it, the constructor only opens it.
+        folder: of the run. ``open`` reads one that is there, ``create`` takes a fresh one.
+        config: of the run.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]):
-        self.folder = Path(folder)
-        values = read_json(self.folder / "config.json")
+    def __init__(self, folder: Path, config: RunConfig):
+        self.folder = folder
+        self.config = config
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Run:
+        """A run that is there.
+
+        Raises:
+            FileFormatError: the folder holds no run, or its configuration is damaged.
+        """
+        place = Path(folder)
+        values = read_json(place / "config.json")
         try:
-            self.config = RunConfig.model_validate(values)
+            return cls(place, RunConfig.model_validate(values))
         except ValidationError as error:
-            raise FileFormatError(f"{self.folder / 'config.json'}: {explain(error)}") from None
+            raise FileFormatError(f"{place / 'config.json'}: {explain(error)}") from None
 
     @classmethod
     def create(cls, folder: str | os.PathLike[str], config: RunConfig, *, resume: bool = False) -> Run:
-        """Begin a run in a fresh folder, or go on with the same run.
+        """A run in a fresh folder, or the same run to go on with; nothing is written before ``fit``.
 
         Raises:
             ConfigError: the folder holds a run already and ``resume`` is not set, or it is another run.
         """
         place = Path(folder)
-        values = config.model_dump(mode="json")
         if (place / "config.json").exists():
             if not resume:
-                raise ConfigError(
-                    f"{place} holds a run already. Pass --resume to go on with it, or name another folder."
-                )
-            if read_json(place / "config.json") != values:
+                raise ConfigError(f"{place} holds a run already. Pass --resume to go on, or name another folder.")
+            if cls.open(place).config != config:
                 raise ConfigError(f"{place} holds a run with another configuration. Name another folder.")
         elif place.exists() and any(place.iterdir()):
             raise ConfigError(f"{place} is neither empty nor a run. Name another folder.")
-        write_json(place / "config.json", values)
-        return cls(place)
+        return cls(place, config)
 
     @property
     def weights(self) -> Path:
@@ -112,6 +119,7 @@ class Run:
         data = self.load_data()
         sdn = self.build(data)
         strategy = named_strategy(config.strategy, sdn, lambda trains: config.recipe.build(trains, config.network))
+        write_json(self.folder / "config.json", config.model_dump(mode="json"))
         write_json(self.folder / "environment.json", describe_environment())
         fit(
             sdn,
@@ -203,6 +211,26 @@ class Run:
         self.write_result("replay", decisions, split=split, policy=self.policy().to_dict())
         return decisions
 
+    def archive(self, folder: str | os.PathLike[str]) -> None:
+        """Copy the run to where it can be kept: weights and Traces in half precision, no checkpoint.
+
+        Decisions replayed from half-precision logits may differ where a confidence lies within rounding of a
+        threshold; ``results/`` is copied as it is.
+
+        Args:
+            folder: fresh; the copy can be opened as a run.
+        """
+        place = Path(folder)
+        Run.create(place, self.config)
+        self.load().save(place / self.weights.name, dtype=torch.float16)
+        for split in ("val", "test"):
+            self.trace(split).save(place / "traces" / f"{split}.safetensors", dtype=torch.float16)
+        texts = ["config.json", "environment.json", "history.jsonl", "policy.json"]
+        texts += [f"results/{path.name}" for path in sorted((self.folder / "results").glob("*.json"))]
+        for name in texts:
+            if (self.folder / name).exists():
+                write_text(place / name, (self.folder / name).read_text(encoding="utf-8"))
+
     def write_result(self, name: str, result: Result, **more: Any) -> None:
         """Write a result to ``results/<name>.json``, with the configuration and environment it rests on."""
         environment = read_json(self.folder / "environment.json")
@@ -210,6 +238,7 @@ class Run:
         write_json(self.folder / "results" / f"{name}.json", values)
 
 
+@runtime_checkable
 class Result(Protocol):
     """What every analysis returns."""
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from shallowdeep.policies.calibrate import sweep_rule
-from shallowdeep.policies.replay import replay
+from shallowdeep.errors import TraceError
+from shallowdeep.policies.calibrate import refuse_test, sweep_rule
+from shallowdeep.policies.replay import Curve, replay
 from shallowdeep.traces.trace import Trace
 
 BUDGETS = (0.25, 0.50, 0.75, None)
@@ -101,25 +102,41 @@ def measure_budgets(
         rule: ``"confidence"`` or ``"patience"``.
         answer: as for ``Confidence``.
 
+    Raises:
+        CalibrationError: thresholds would be chosen on the test split.
+        TraceError: there are no labels, or the two Traces are of different networks.
+
     Deviation: the paper's code chooses among 11 thresholds on the test split; that choice, among all
     thresholds, stands beside ours by name.
     Cite: Kaya, Hong & Dumitras, ICML 2019, table 3.
     """
+    refuse_test(val)
+    if val.costs != test.costs:
+        raise TraceError("the validation Trace is of another network than the test Trace.")
     on_val, on_test = sweep_rule(val, rule, answer=answer), sweep_rule(test, rule, answer=answer)
     table = []
     for budget in budgets:
-        mine, theirs = on_val.best_within(budget), on_test.best_within(budget)
-        decisions = None if mine is None else replay(test, on_val.policy(on_val.thresholds[mine].item()))
+        threshold, val_accuracy, val_cost = _best_within(on_val, budget)
+        _, test_chosen_accuracy, test_chosen_cost = _best_within(on_test, budget)
+        decisions = None if threshold is None else replay(test, on_val.policy(threshold))
         table.append(
             BudgetRow(
                 budget=budget,
-                threshold=None if mine is None else on_val.thresholds[mine].item(),
-                val_accuracy=None if mine is None else on_val.accuracy[mine].item(),
-                val_cost=None if mine is None else on_val.cost[mine].item(),
+                threshold=threshold,
+                val_accuracy=val_accuracy,
+                val_cost=val_cost,
                 accuracy=None if decisions is None else decisions.accuracy,
                 cost=None if decisions is None else decisions.cost,
-                test_chosen_accuracy=None if theirs is None else on_test.accuracy[theirs].item(),
-                test_chosen_cost=None if theirs is None else on_test.cost[theirs].item(),
+                test_chosen_accuracy=test_chosen_accuracy,
+                test_chosen_cost=test_chosen_cost,
             )
         )
     return Budgets(tuple(table), test.correct[:, -1].double().mean().item(), len(test))
+
+
+def _best_within(curve: Curve, budget: float | None) -> tuple[float, float, float] | tuple[None, None, None]:
+    """Threshold, accuracy and cost of a budget's choice."""
+    chosen = curve.best_within(budget)
+    if chosen is None:
+        return None, None, None
+    return curve.thresholds[chosen].item(), curve.accuracy[chosen].item(), curve.cost[chosen].item()

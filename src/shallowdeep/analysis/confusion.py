@@ -90,8 +90,8 @@ def measure_confusion(trace: Trace, training: Trace) -> Confusion:
         training: of the training split, un-augmented; mean and (population) spread come from it.
 
     Raises:
-        TraceError: there are no labels, no internal exits, no wrong answers, or the two Traces are of
-            different networks.
+        TraceError: there are no labels, no internal exits, no wrong or no right answers, no spread on the
+            training split, or the two Traces are of different networks.
 
     Cite: Kaya, Hong & Dumitras, ICML 2019, section 5.2.
     """
@@ -99,20 +99,20 @@ def measure_confusion(trace: Trace, training: Trace) -> Confusion:
         raise TraceError("confusion needs internal exits, and this Trace has only the last one.")
     if training.costs != trace.costs:
         raise TraceError("the training Trace is of another network than this one.")
-    raw, usual = confusion_scores(trace), confusion_scores(training)
-    confusion = (raw - usual.mean()) / usual.std(correction=0).clamp_min(torch.finfo(torch.float32).tiny)
-    probabilities = trace.logits[-1].softmax(-1)
-    confidence = trace.confidences[:, -1]
-    entropy = torch.special.entr(probabilities).sum(1)
     right = trace.correct[:, -1]
     if right.all() or not right.any():
         raise TraceError("the last exit's answers are all right or all wrong; there is nothing to tell apart.")
-    of_right, of_wrong = confusion[right].mean(), confusion[~right].mean()
-    sure = confidence[right].mean()
+    # In double, the mean of equal scores is that score, and no score lies above or below it.
+    confusion, usual = confusion_scores(trace).double(), confusion_scores(training).double()
+    if usual.min() == usual.max():
+        raise TraceError(f"confusion is {usual[0]} on every training sample; there is no spread to normalise by.")
+    confidence = trace.confidences[:, -1].double()
+    of_right, of_wrong, sure = confusion[right].mean(), confusion[~right].mean(), confidence[right].mean()
+    mean, spread = usual.mean(), usual.std(correction=0)
     return Confusion(
         n=len(trace),
-        mean_correct=of_right.item(),
-        mean_wrong=of_wrong.item(),
+        mean_correct=((of_right - mean) / spread).item(),
+        mean_wrong=((of_wrong - mean) / spread).item(),
         wrong_below_correct_mean=_share(confusion[~right] < of_right),
         correct_above_wrong_mean=_share(confusion[right] > of_wrong),
         confidence_correct=sure.item(),
@@ -121,7 +121,7 @@ def measure_confusion(trace: Trace, training: Trace) -> Confusion:
         auroc={
             "confusion": auroc(confusion, ~right),
             "max-softmax": auroc(-confidence, ~right),
-            "entropy": auroc(entropy, ~right),
+            "entropy": auroc(torch.special.entr(trace.logits[-1].softmax(-1)).sum(1), ~right),
         },
     )
 
@@ -133,8 +133,7 @@ def auroc(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> float:
     0.875
     """
     _, place, counts = scores.unique(return_inverse=True, return_counts=True)
-    last_rank = counts.cumsum(0).double()
-    mean_rank = (last_rank - (counts - 1) / 2)[place]
+    mean_rank = (counts.cumsum(0) - (counts - 1).double() / 2)[place]
     num_positive, num_negative = positive.sum().item(), (~positive).sum().item()
     ranks = mean_rank[positive].sum().item()
     return (ranks - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative)

@@ -24,7 +24,7 @@ class Overthinking:
             wasted.
         wasteful_and_right: of these, only those that the last exit gets right too.
         destructive: share of samples that an earlier exit gets right and the last one wrong.
-        destructive_of_errors: the same as a share of the last exit's errors.
+        destructive_of_errors: the same as a share of the last exit's errors; 0 where it makes none.
         destructive_at: share of samples that each exit gets right and the last one wrong.
         oracle_cost: mean cost of leaving at the first right exit (or at the end), heads included.
         oracle_cost_nominal: the same with the shares the exits were asked to sit at, as the paper's code
@@ -74,7 +74,7 @@ def measure_overthinking(trace: Trace) -> Overthinking:
         trace: with labels.
 
     Raises:
-        TraceError: the Trace has no labels.
+        TraceError: the Trace has no labels, or its exits differ in width.
 
     Deviation: the paper's code charges nominal costs alone, out of a fixed 10,000 samples; both costs are
     given here, out of the samples there are.
@@ -85,8 +85,6 @@ def measure_overthinking(trace: Trace) -> Overthinking:
     before = internal.any(1)
     known = correct.int().cummax(1).values.bool()
     first = known & ~torch.cat([torch.zeros_like(known[:, :1]), known[:, :-1]], dim=1)
-    lost = correct & ~last[:, None]
-    errors = (~last).sum().clamp_min(1)
     return Overthinking(
         n=len(trace),
         accuracy=_shares(correct),
@@ -95,8 +93,8 @@ def measure_overthinking(trace: Trace) -> Overthinking:
         wasteful=_share(before),
         wasteful_and_right=_share(before & last),
         destructive=_share(before & ~last),
-        destructive_of_errors=((before & ~last).sum() / errors).item(),
-        destructive_at=_shares(lost),
+        destructive_of_errors=_share(before[~last]) if not last.all() else 0.0,
+        destructive_at=_shares(correct & ~last[:, None]),
         oracle_cost=oracle(trace).cost,
         oracle_cost_nominal=_nominal_cost(trace, first),
     )

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import os
-import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int, UInt8
-from platformdirs import user_cache_dir
-from rich.console import Console
-from rich.progress import Progress
-from safetensors import SafetensorError
-from torch import Tensor
 
-from shallowdeep.data.images import Augmentation, ImageSet, Splits, stratified_split
+from shallowdeep.data.images import Augmentation, ImageSet, Splits
 from shallowdeep.data.labels import LabelTree
-from shallowdeep.errors import ConfigError, DataError, FileFormatError, UnknownName, require
-from shallowdeep.storage import load_tensors, save_tensors
+from shallowdeep.data.parquet import Rows, read_split
+from shallowdeep.data.stratify import stratified_split
+from shallowdeep.errors import ConfigError, DataError, UnknownName, require
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +52,6 @@ SOURCES: dict[str, Source] = {
         {"fine": "fine_label", "coarse": "coarse_label"},
     ),
 }
-
-
-class Rows(NamedTuple):
-    """One split as its source has it; ``labels`` and ``names`` hold one entry for each label set."""
-
-    images: UInt8[Tensor, "n c h w"]
-    labels: dict[str, Int[Tensor, " n"]]
-    names: dict[str, tuple[str, ...]]
 
 
 def data_sets() -> list[str]:
@@ -170,21 +149,20 @@ def _read_digits() -> tuple[Rows, Rows]:
 
 def _read_files(name: str, source: Source, data_dir: str | os.PathLike[str] | None) -> tuple[Rows, Rows]:
     folder = _folder(name, source, data_dir)
-    return _read_split(name, source, folder, "train"), _read_split(name, source, folder, "test")
+    return read_split(name, folder, "train", source.columns), read_split(name, folder, "test", source.columns)
 
 
 def _folder(name: str, source: Source, data_dir: str | os.PathLike[str] | None) -> Path:
-    given = data_dir or os.environ.get("SHALLOWDEEP_DATA")
-    if not given:
-        return _download(name, source)
-    folder = Path(given).expanduser() / name
-    if not folder.is_dir():
-        origin = "data_dir" if data_dir else "SHALLOWDEEP_DATA"
-        raise DataError(
-            f"no folder {folder}. Let {origin} name the folder that holds '{name}/', or give neither "
-            f"--data-dir nor SHALLOWDEEP_DATA to download {source.hub}."
-        )
-    return folder
+    if data_dir:
+        folder = Path(data_dir).expanduser() / name
+        if not folder.is_dir():
+            raise DataError(
+                f"no folder {folder}. Let --data-dir (data_dir) name the folder that holds '{name}/', or leave it "
+                f"out to download {source.hub}."
+            )
+        return folder
+    folder = Path(os.environ.get("SHALLOWDEEP_DATA", "")).expanduser() / name
+    return folder if os.environ.get("SHALLOWDEEP_DATA") and folder.is_dir() else _download(name, source)
 
 
 def _download(name: str, source: Source) -> Path:
@@ -196,159 +174,3 @@ def _download(name: str, source: Source) -> Path:
             f"cannot download {source.hub} ({type(error).__name__}: {error}). Set SHALLOWDEEP_DATA or "
             f"--data-dir to a folder that holds '{name}/train-00000-of-0000N.parquet'."
         ) from error
-
-
-def _read_split(name: str, source: Source, folder: Path, split: str) -> Rows:
-    """Take the split from the cache, or decode it and put it there."""
-    shards = _find_shards(folder, split)
-    cache = _cache_file(f"{name}-{split}", shards)
-    rows = _load_rows(cache)
-    if rows is None:
-        rows = _decode(shards, source, f"{name} {split}")
-        _save_rows(cache, rows)
-    return rows
-
-
-def _find_shards(folder: Path, split: str) -> list[Path]:
-    """All shards of a split anywhere under a folder, in order, or an error that names the missing ones."""
-    pattern = re.compile(rf"{split}-(\d{{5}})-of-(\d{{5}})\.parquet")
-    found = {path.name: path for path in folder.rglob("*.parquet") if pattern.fullmatch(path.name)}
-    if not found:
-        raise DataError(f"no {split}-00000-of-0000N.parquet under {folder}. Copy or download it again.")
-    count = max(name.rpartition("-")[2] for name in found).removesuffix(".parquet")
-    wanted = [f"{split}-{shard:05d}-of-{count}.parquet" for shard in range(int(count))]
-    missing = [name for name in wanted if name not in found]
-    if missing:
-        raise DataError(f"{folder} lacks {', '.join(missing)}. Copy or download the folder again.")
-    return [found[name] for name in wanted]
-
-
-def _cache_file(stem: str, shards: Sequence[Path]) -> Path:
-    digest = hashlib.sha256()
-    for shard in shards:
-        with shard.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    folder = os.environ.get("SHALLOWDEEP_CACHE") or user_cache_dir("shallowdeep")
-    return Path(folder) / f"{stem}-{digest.hexdigest()[:16]}.safetensors"
-
-
-def _load_rows(path: Path) -> Rows | None:
-    """Read what ``_save_rows`` wrote, or nothing where that is missing or not what was written."""
-    try:
-        tensors, info = load_tensors(path, kind="images")
-    except FileFormatError:
-        return None
-    names = {space: tuple(words) for space, words in info.get("names", {}).items()}
-    if set(tensors) != {"images", *names}:
-        return None
-    rows = Rows(tensors["images"], {space: tensors[space] for space in names}, names)
-    return rows if info.get("sha256") == _digest(rows) else None
-
-
-def _save_rows(path: Path, rows: Rows) -> None:
-    tensors = {"images": rows.images, **rows.labels}
-    try:
-        save_tensors(path, tensors, kind="images", info={"sha256": _digest(rows), "names": rows.names})
-    except (OSError, SafetensorError) as error:
-        warnings.warn(
-            f"cannot keep decoded images in {path} ({error}); every run will decode them anew. "
-            "Set SHALLOWDEEP_CACHE to a folder that can be written.",
-            stacklevel=2,
-        )
-
-
-def _digest(rows: Rows) -> str:
-    digest = hashlib.sha256(json.dumps(rows.names).encode())
-    for tensor in (rows.images, *rows.labels.values()):
-        digest.update(tensor.numpy().data)
-    return digest.hexdigest()
-
-
-def _decode(shards: Sequence[Path], source: Source, title: str) -> Rows:
-    """Read shards into one array; one thread, because two took longer (Pillow holds the lock)."""
-    files = {shard: _open(shard, source) for shard in shards}
-    total = sum(file.metadata.num_rows for file in files.values())
-    console = Console(stderr=True)
-    images = np.empty((0, 0, 0, 0), np.uint8)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        pixels = _pixels(files)
-        for row, image in enumerate(progress.track(pixels, total, description=f"decoding {title}")):
-            if row == 0:
-                images = np.empty((total, *image.shape), np.uint8)
-            elif image.shape != images.shape[1:]:
-                raise DataError(
-                    f"image {row} of {title} is {image.shape[1:]} pixels, the first {images.shape[2:]}. "
-                    "Images of one data set have one size."
-                )
-            images[row] = image
-    labels = {
-        space: torch.cat([_labels(shard, file, column) for shard, file in files.items()])
-        for space, column in source.columns.items()
-    }
-    names = {space: _class_names(shards[0], files[shards[0]], column) for space, column in source.columns.items()}
-    return Rows(torch.from_numpy(images), labels, names)
-
-
-def _open(shard: Path, source: Source) -> Any:
-    parquet = require("pyarrow.parquet", extra="data")
-    require("PIL.Image", extra="data")
-    with _reading(shard):
-        file = parquet.ParquetFile(shard)
-    lacking = {"img", *source.columns.values()} - set(file.schema_arrow.names)
-    if lacking:
-        raise DataError(
-            f"{shard} has no column {', '.join(sorted(lacking))}, only {', '.join(file.schema_arrow.names)}. "
-            f"Take the files of {source.hub}."
-        )
-    return file
-
-
-@contextmanager
-def _reading(shard: Path) -> Iterator[None]:
-    """Turn the reader's errors into ours."""
-    arrow = require("pyarrow", extra="data")
-    try:
-        yield
-    except (arrow.ArrowException, OSError) as error:
-        raise DataError(f"{shard} is truncated or no Parquet file ({error}). Copy or download it again.") from None
-
-
-def _pixels(files: Mapping[Path, Any]) -> Iterator[np.ndarray]:
-    """Decode one image after another, each of shape (3, height, width)."""
-    image = require("PIL.Image", extra="data")
-    for shard, file in files.items():
-        for row, data in enumerate(_encoded(shard, file)):
-            try:
-                # the formats that occur: Pillow otherwise tries dozens, for as long as decoding takes
-                picture = image.open(io.BytesIO(data or b""), formats=("PNG", "WEBP", "JPEG")).convert("RGB")
-            except (OSError, ValueError, SyntaxError) as error:
-                raise DataError(
-                    f"{shard}, row {row}: cannot decode the image ({error}). Copy or download the file again."
-                ) from None
-            yield np.asarray(picture).transpose(2, 0, 1)
-
-
-def _encoded(shard: Path, file: Any) -> Iterator[bytes | None]:
-    with _reading(shard):
-        for batch in file.iter_batches(1000, columns=["img"]):  # so many at a time: memory stays flat
-            yield from batch.column("img").field("bytes").to_pylist()
-
-
-def _labels(shard: Path, file: Any, column: str) -> Int[Tensor, " n"]:
-    with _reading(shard):
-        values = file.read([column]).column(column)
-    if values.null_count:
-        raise DataError(f"{shard} has {values.null_count} rows without {column}. Copy or download it again.")
-    return torch.tensor(values.to_numpy(), dtype=torch.int64)
-
-
-def _class_names(shard: Path, file: Any, column: str) -> tuple[str, ...]:
-    try:
-        features = json.loads(file.schema_arrow.metadata[b"huggingface"])["info"]["features"]
-        return tuple(features[column]["names"])
-    except (KeyError, TypeError, ValueError):
-        raise DataError(
-            f"{shard} does not name the classes of {column} in its 'huggingface' metadata. "
-            "Write it with the datasets library, or download it again."
-        ) from None

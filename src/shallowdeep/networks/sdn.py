@@ -220,7 +220,7 @@ class ShallowDeepNetwork(nn.Module):
         """
         tensors, config = load_tensors(path, kind="sdn")
         try:
-            backbone = backbone or _named_network(config, path)
+            backbone = _named_network(config, path) if backbone is None else backbone
             if config["final_head"] and final_head is None:
                 raise FileFormatError(
                     f"{path} was saved with a final head of its own. Pass it: load(path, final_head=…)."

@@ -43,14 +43,18 @@ def calibrate(
 
     Raises:
         CalibrationError: the demand cannot be met, or the split is the test split.
-        ConfigError: both demands or none are given.
+        ConfigError: both demands or none are given, or a setting that the rule or reference has no use for.
 
     Cite: Kaya, Hong & Dumitras, ICML 2019, section 5.1; the authors' code chooses on the test split.
     """
     if (max_cost is None) == (max_accuracy_drop is None):
-        raise ConfigError("give either max_cost or max_accuracy_drop.")
-    if trace.info.split == "test" and not allow_test:
-        raise CalibrationError("a threshold is not chosen on the test split: pass the validation Trace.")
+        raise ConfigError(f"give either max_cost or max_accuracy_drop, got {max_cost} and {max_accuracy_drop}.")
+    if original is not None and reference != "original":
+        raise ConfigError(
+            f"an original network is given, but the drop is measured from {reference!r}: pass reference='original'."
+        )
+    if not allow_test:
+        refuse_test(trace)
     curve = sweep_rule(trace, rule, exits=exits, answer=answer)
     if max_cost is not None:
         chosen = curve.best_within(max_cost)
@@ -58,11 +62,17 @@ def calibrate(
     else:
         assert max_accuracy_drop is not None
         floor = reference_accuracy(trace, reference, original) - max_accuracy_drop
-        chosen = curve.cheapest_above(floor - 1e-12)  # the same share summed in another order
+        chosen = curve.cheapest_above(floor)
         demand = f"an accuracy of at least {floor:.4f}: the best threshold reaches {curve.accuracy.max():.4f}"
     if chosen is None:
         raise CalibrationError(f"no {rule} threshold has {demand}.")
     return curve.policy(curve.thresholds[chosen].item())
+
+
+def refuse_test(trace: Trace) -> None:
+    """Raise a CalibrationError where a threshold would be chosen on the test split."""
+    if trace.info.split == "test":
+        raise CalibrationError("a threshold is not chosen on the test split: pass the validation Trace.")
 
 
 def sweep_rule(trace: Trace, rule: str, *, exits: tuple[int, ...] | None = None, answer: str = "last") -> Curve:
@@ -70,12 +80,15 @@ def sweep_rule(trace: Trace, rule: str, *, exits: tuple[int, ...] | None = None,
 
     Raises:
         UnknownName: there is no such rule.
+        ConfigError: the rule has no such answer.
     """
     if rule == "confidence":
         return sweep_confidence(trace, exits=exits, answer=answer)
     if rule == "patience":
+        if answer != "last":
+            raise ConfigError(f"patience answers with the exit it stops at; answer={answer!r} is for confidence.")
         most = trace.num_exits if exits is None else len(exits) + 1
-        return sweep(trace, lambda patience: Patience(int(patience), exits), range(most))
+        return sweep(trace, lambda patience: Patience(int(patience), exits), map(float, range(most)))
     raise UnknownName("rule", rule, FAMILIES)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,7 +55,7 @@ class Decisions:
     @cached_property
     def exit_shares(self) -> list[float]:
         """Share of samples that leave at each exit."""
-        return (torch.bincount(self.exits, minlength=self.num_exits) / len(self.exits)).tolist()
+        return (torch.bincount(self.exits, minlength=self.num_exits).double() / len(self.exits)).tolist()
 
     def to_dict(self) -> dict[str, Any]:
         """Accuracy, cost and exits used, as JSON-able values."""
@@ -105,7 +106,7 @@ def replay(trace: Trace, policy: ExitPolicy) -> Decisions:
     left, answers = torch.full((n,), -1), torch.zeros(n, trace.num_outputs)
     for exit in exits:
         verdict = policy.step(state, trace.logits[exit], exit)
-        leaving = (left < 0) & (verdict.stop if exit != exits[-1] else torch.ones(n, dtype=torch.bool))
+        leaving = (left < 0) & (verdict.stop | (exit == exits[-1]))
         left = torch.where(leaving, exit, left)
         answers = torch.where(leaving[:, None], verdict.scores, answers)
         state = verdict.state
@@ -114,7 +115,12 @@ def replay(trace: Trace, policy: ExitPolicy) -> Decisions:
 
 
 def oracle(trace: Trace) -> Decisions:
-    """The best any policy could do: leave at the first exit that is right, or at the end. Needs labels."""
+    """The best any policy could do: leave at the first exit that is right, or at the end.
+
+    Raises:
+        TraceError: the Trace has no labels, or its exits differ in width.
+    """
+    _check_widths(trace, range(trace.num_exits))
     right = trace.correct
     first = torch.where(right.any(1), right.int().argmax(1), trace.num_exits - 1)
     stacked = torch.stack([logits.softmax(-1) for logits in trace.logits], dim=1)
@@ -125,6 +131,10 @@ def oracle(trace: Trace) -> Decisions:
         trace.labels,
         trace.num_exits,
     )
+
+
+ROUNDING = 1e-9
+"""By how much a mean of costs or a share of samples may miss a demand: sums in another order round otherwise."""
 
 
 @dataclass(frozen=True)
@@ -148,17 +158,19 @@ class Curve:
 
         Of equally accurate thresholds the cheapest; ``None`` where no threshold is cheap enough.
         """
-        feasible = torch.ones_like(self.cost).bool() if max_cost is None else self.cost <= max_cost
-        if not feasible.any():
-            return None
-        best = self.accuracy[feasible].max()
-        candidates = feasible & (self.accuracy == best)
-        return int(torch.where(candidates, self.cost, torch.inf).argmin())
+        limit = math.inf if max_cost is None else max_cost + ROUNDING
+        accuracy, cost = self.accuracy.tolist(), self.cost.tolist()
+        within = (i for i in range(len(cost)) if cost[i] <= limit)
+        return max(within, key=lambda i: (accuracy[i], -cost[i]), default=None)
 
     def cheapest_above(self, min_accuracy: float) -> int | None:
-        """Index of the lowest cost whose accuracy is at least ``min_accuracy``, or ``None``."""
-        enough = self.accuracy >= min_accuracy
-        return int(torch.where(enough, self.cost, torch.inf).argmin()) if enough.any() else None
+        """Index of the lowest cost whose accuracy is at least ``min_accuracy``, or ``None``.
+
+        Of equally cheap thresholds the most accurate.
+        """
+        accuracy, cost = self.accuracy.tolist(), self.cost.tolist()
+        enough = (i for i in range(len(cost)) if accuracy[i] >= min_accuracy - ROUNDING)
+        return min(enough, key=lambda i: (cost[i], -accuracy[i]), default=None)
 
 
 def sweep(trace: Trace, family: Callable[[float], ExitPolicy], thresholds: Iterable[float]) -> Curve:
@@ -179,9 +191,9 @@ def sweep(trace: Trace, family: Callable[[float], ExitPolicy], thresholds: Itera
 def sweep_confidence(trace: Trace, *, exits: tuple[int, ...] | None = None, answer: Any = "last") -> Curve:
     """Accuracy and cost of ``Confidence`` at *every* threshold at which a decision changes.
 
-    A sample moves on only when the threshold passes the largest confidence it has met so far, so that its
-    path is a list of (confidence, next exit) events. All samples' events are sorted once and summed up;
-    the network is not run, and no threshold is tried twice.
+    A sample moves on from an exit once the threshold passes the largest confidence it has met so far. What
+    those moves change is summed up per confidence, then along the confidences: the network is not run, and
+    no threshold is tried twice.
 
     Args:
         trace: with labels.
@@ -192,6 +204,10 @@ def sweep_confidence(trace: Trace, *, exits: tuple[int, ...] | None = None, answ
         One entry per distinct set of decisions. Each threshold lies half way between the two confidences
         that bound it, as far from a tie as it can be; the last one is above every confidence.
 
+    Raises:
+        ConfigError: there is no such exit or answer.
+        TraceError: the Trace has no labels, or the exits differ in width.
+
     Cite: Kaya, Hong & Dumitras, ICML 2019, section 5.1, where 11 thresholds are tried.
     """
 
@@ -199,50 +215,38 @@ def sweep_confidence(trace: Trace, *, exits: tuple[int, ...] | None = None, answ
         return Confidence(threshold, exits, answer)
 
     used = exits_of(family(1.0), trace.num_exits)
-    confidence, right, last_right = _outcomes(trace, used, answer)
-    cost = trace.costs.relative(used[:-1])[used]
-    # The largest confidence met up to each internal exit; an exit is a stop on the way where it rises.
-    peak = confidence[:, :-1].cummax(1).values
-    before = torch.cat([torch.full_like(peak[:, :1], -1.0), peak[:, :-1]], dim=1)
-    stop = torch.cat([peak > before, torch.ones_like(last_right[:, None])], dim=1)
-    gain = torch.cat([right[:, :-1], last_right[:, None]], dim=1).double()
-    # Step from each stop to the next one: what it changes, and the confidence above which it is taken.
-    sample, exit = stop.nonzero(as_tuple=True)
-    follows = (sample[1:] == sample[:-1]).nonzero(as_tuple=True)[0]
-    here, there = (sample[follows], exit[follows]), (sample[follows + 1], exit[follows + 1])
-    at, order = confidence[here].sort()
-    d_right = (gain[there] - gain[here])[order].cumsum(0)
-    d_cost = (cost[there[1]] - cost[here[1]])[order].cumsum(0)
-    ends = torch.cat([at[1:] != at[:-1], torch.ones(min(len(at), 1), dtype=torch.bool)])
-    first = stop.int().argmax(1, keepdim=True)
-    n = len(trace)
-    start_right = gain.gather(1, first).sum()
-    start_cost = cost[first].sum()
-    accuracy = torch.cat([start_right[None], start_right + d_right[ends]]) / n
-    mean_cost = torch.cat([start_cost[None], start_cost + d_cost[ends]]) / n
-    return Curve(_between(at[ends]), accuracy, mean_cost, family)
+    _check_widths(trace, used)
+    confidence, right = trace.confidences[:, used], trace.correct[:, used].double()
+    if answer == "most_confident":
+        right[:, -1:] = right.gather(1, confidence.argmax(1, keepdim=True))
+    cost = trace.costs.relative(used[:-1])[used].expand_as(right)
+    # Above its passed-at confidence, a sample no longer leaves at this exit but goes to the next one.
+    passed_at, place = confidence[:, :-1].cummax(1).values.unique(return_inverse=True)
+    return Curve(_between(passed_at), _means(right, place), _means(cost, place), family)
 
 
-def _outcomes(trace: Trace, used: list[int], answer: str) -> tuple[Tensor, Tensor, Tensor]:
-    confidence, right = trace.confidences[:, used], trace.correct[:, used]
-    if answer == "last":
-        return confidence, right, right[:, -1]
-    most_confident = confidence.argmax(1, keepdim=True)
-    return confidence, right, right.gather(1, most_confident)[:, 0]
+def _means(values: Float64[Tensor, "n exits"], place: Int[Tensor, "n internal"]) -> Float64[Tensor, " m"]:
+    """Mean over samples of each one's value at the exit it leaves at, threshold by threshold.
+
+    Args:
+        values: of each sample at each exit.
+        place: number of the threshold below which the sample leaves there or earlier.
+    """
+    moves = place.flatten().bincount(values.diff(dim=1).flatten())
+    return torch.cat([values[:, :1].sum(0), moves]).cumsum(0) / len(values)
 
 
 def _between(values: Float[Tensor, " m"]) -> Float64[Tensor, " k"]:
     """Thresholds that tell rising values apart: below all, between each two, above all."""
-    bounds = torch.cat([values.new_tensor([0.0]), values])
+    bounds = torch.cat([values.new_zeros(1), values])
     middle = (bounds[:-1] + bounds[1:]) / 2
     # Neighbouring floats have no middle; the upper one itself still tells them apart, since `>=` stops there.
     middle = torch.where(middle > bounds[:-1], middle, bounds[1:])
     above = torch.nextafter(bounds[-1:], bounds.new_tensor([2.0]))
-    top = torch.maximum(above, (bounds[-1:] + 1) / 2)
-    return torch.cat([middle, torch.where(top > bounds[-1:], top, above)]).double()
+    return torch.cat([middle, torch.maximum(above, (bounds[-1:] + 1) / 2)]).double()
 
 
-def _check_widths(trace: Trace, exits: list[int]) -> None:
-    widths = {trace.logits[exit].shape[1] for exit in exits}
-    if len(widths) != 1:
-        raise TraceError(f"the exits {exits} give {sorted(widths)} outputs; this policy needs one width.")
+def _check_widths(trace: Trace, exits: Iterable[int]) -> None:
+    widths = {exit: trace.logits[exit].shape[1] for exit in exits}
+    if len(set(widths.values())) != 1:
+        raise TraceError(f"answers need exits of one width; these give (exit: outputs) {widths}.")

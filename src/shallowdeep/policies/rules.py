@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -36,6 +36,7 @@ class Verdict(NamedTuple):
     label_space: str | None = None
 
 
+@runtime_checkable
 class ExitPolicy(Protocol):
     """When to stop, and with which scores to answer.
 
@@ -87,7 +88,9 @@ class Confidence:
 
     def __post_init__(self) -> None:
         if not isinstance(self.threshold, Tensor) and not 0 <= self.threshold <= 2:
-            raise ConfigError(f"a confidence threshold lies between 0 and 1 (above: never stop), got {self.threshold}.")
+            raise ConfigError(
+                f"a confidence threshold lies between 0 and 1 (above, up to 2: never stop), got {self.threshold}."
+            )
         if self.answer not in ("last", "most_confident"):
             raise ConfigError(f"answer is 'last' or 'most_confident', got {self.answer!r}.")
         _check_exits(self.exits)
@@ -129,7 +132,7 @@ class Patience:
     exits: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.patience, Tensor) and (self.patience < 0 or self.patience != int(self.patience)):
+        if not isinstance(self.patience, Tensor) and not (self.patience >= 0 and float(self.patience).is_integer()):
             raise ConfigError(f"patience is a whole number of exits, 0 or more, got {self.patience}.")
         _check_exits(self.exits)
 
@@ -166,9 +169,9 @@ def policy_from_dict(values: Mapping[str, Any]) -> ExitPolicy:
     kind = settings.pop("kind", None)
     if kind not in RULES:
         raise UnknownName("policy", str(kind), RULES)
-    if settings.get("exits") is not None:
-        settings["exits"] = tuple(settings["exits"])
     try:
+        if settings.get("exits") is not None:
+            settings["exits"] = tuple(settings["exits"])
         return RULES[kind](**settings)
     except TypeError as error:
         raise ConfigError(f"the settings {dict(values)} are no {kind} policy: {error}.") from None
@@ -183,7 +186,9 @@ def exits_of(policy: ExitPolicy, num_exits: int) -> list[int]:
     last = num_exits - 1
     internal = list(range(last)) if policy.exits is None else list(policy.exits)
     if any(exit >= last for exit in internal):
-        raise ConfigError(f"the policy looks at exits {internal}; this network's internal exits are 0 to {last - 1}.")
+        raise ConfigError(
+            f"the policy looks at exits {internal}; this network's internal exits are {list(range(last))}."
+        )
     return [*internal, last]
 
 

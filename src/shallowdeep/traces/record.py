@@ -28,8 +28,8 @@ def record(
 ) -> Trace:
     """Run a split through the network once and keep every exit's logits.
 
-    In float32 (TF32 off), in evaluation mode, without augmentation, on the device of the network's
-    weights. Beside the logits, memory does not grow with the split.
+    In float32 (TF32 and autocast off), in evaluation mode, without augmentation, on the device of the
+    network's weights. Beside the logits, memory does not grow with the split.
 
     Args:
         sdn: the network; its mode is restored.
@@ -54,7 +54,7 @@ def record(
     batches = track(
         images.batches(batch_size), images.num_batches(batch_size), f"record {images.split}", shown=progress
     )
-    with evaluating(sdn), _exact_float32(), sdn.tapped():
+    with evaluating(sdn), _exact_float32(), torch.autocast(device.type, enabled=False), sdn.tapped():
         for start, batch in zip(range(0, len(images), batch_size), batches, strict=True):
             for store, found in zip(logits, _forward(sdn, batch.inputs.to(device)), strict=True):
                 store[start : start + len(found)] = found
@@ -64,19 +64,29 @@ def record(
 def _forward(sdn: ShallowDeepNetwork, inputs: Tensor) -> list[Tensor]:
     try:
         return sdn(inputs)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
-        message = str(error).strip().splitlines()[0]
-        raise NetworkError(f"the network does not take images of shape {tuple(inputs.shape[1:])}: {message}") from error
+        why = " ".join(str(error).split())[:200]
+        raise NetworkError(f"the network does not take images of shape {tuple(inputs.shape[1:])}: {why}") from error
 
 
 @contextmanager
 def _exact_float32() -> Iterator[None]:
-    matmul, convolution = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    """Float32 is float32 inside, neither TF32 nor bf16, whatever the caller allows."""
+    matmul, cudnn, cpu = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn
+    if hasattr(matmul, "fp32_precision"):  # since PyTorch 2.9, which may refuse to be asked in the old way
+        places, switch, exact = [matmul, cudnn.conv, cudnn.rnn, cpu.matmul, cpu.conv], "fp32_precision", "ieee"
+    else:
+        places, switch, exact = [matmul, cudnn], "allow_tf32", False
+    before = [getattr(place, switch) for place in places]
     try:
+        for place in places:
+            setattr(place, switch, exact)
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolution
+        for place, value in zip(places, before, strict=True):
+            setattr(place, switch, value)
 
 
 def _info(sdn: ShallowDeepNetwork, images: ImageSet, strategy: str) -> TraceInfo:

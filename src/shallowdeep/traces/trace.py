@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from shallowdeep.data.labels import LabelTree
-from shallowdeep.errors import TraceError
+from shallowdeep.errors import FileFormatError, TraceError
 from shallowdeep.networks.costs import Costs
 from shallowdeep.storage import load_tensors, save_tensors
 
@@ -138,10 +138,12 @@ class Trace:
         return replace(self, logits=tuple(x[rows] for x in self.logits), labels=labels, ids=self.ids[rows])
 
     def select_exits(self, exits: Iterable[int]) -> Trace:
-        """The same Trace with only some exits, by index; the last exit must stay."""
+        """The same Trace with only some exits, by rising index; the last exit must stay."""
         exits = list(exits)
-        if not exits or exits[-1] != self.num_exits - 1:
+        if exits[-1:] != [self.num_exits - 1]:
             raise TraceError(f"exits {exits} leave out the last one, {self.num_exits - 1}.")
+        if exits != sorted(set(exits)) or exits[0] < 0:
+            raise TraceError(f"exits {exits} are not in order from 0, each once.")
         return replace(self, logits=tuple(self.logits[i] for i in exits), costs=self.costs.select(exits))
 
     @staticmethod
@@ -156,10 +158,12 @@ class Trace:
         fresh = torch.cat([torch.ones(1, dtype=torch.bool), ids[order].diff() != 0])
         rows = order[fresh]
         labels = [part.labels for part in parts if part.labels is not None]
+        if labels and len(labels) < len(parts):
+            raise TraceError("some parts have labels, and some have none.")
         return replace(
             parts[0],
             logits=tuple(torch.cat(exits)[rows] for exits in zip(*(part.logits for part in parts), strict=True)),
-            labels=torch.cat(labels)[rows] if len(labels) == len(parts) else None,
+            labels=torch.cat(labels)[rows] if labels else None,
             ids=ids[rows],
         )
 
@@ -188,10 +192,13 @@ class Trace:
         """
         tensors, info = load_tensors(path, kind="trace")
         num_exits = sum(name.startswith("logits.") for name in tensors)
-        return cls(
-            logits=tuple(tensors[f"logits.{i}"].float() for i in range(num_exits)),
-            labels=tensors.get("labels"),
-            ids=tensors["ids"],
-            costs=Costs.from_dict(info["costs"]),
-            info=TraceInfo.from_dict(info["info"]),
-        )
+        try:
+            return cls(
+                logits=tuple(tensors[f"logits.{i}"].float() for i in range(num_exits)),
+                labels=tensors.get("labels"),
+                ids=tensors["ids"],
+                costs=Costs.from_dict(info["costs"]),
+                info=TraceInfo.from_dict(info["info"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise FileFormatError(f"{path} lacks a part of a Trace, or has one too many: {error}.") from None

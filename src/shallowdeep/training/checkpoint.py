@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,12 @@ class Checkpoint:
     folder: Path | None
     identity: str
 
+    def sweep(self) -> None:
+        """Remove what a killed process left half-written."""
+        if self.folder is not None:
+            for partial in self.folder.glob(".*.partial"):
+                partial.unlink(missing_ok=True)
+
     def save(
         self,
         sdn: nn.Module,
@@ -47,9 +51,10 @@ class Checkpoint:
             "optimizer": optimizer.state_dict(),
             "history": json.dumps(history),
         }
+        # The history first: killed between the two, the epoch is done again and both agree in the end.
+        write_text(self.folder / "history.jsonl", "".join(json.dumps(record) + "\n" for record in history))
         with replacing(self.folder / "checkpoint.pt") as partial:
             torch.save(state, partial)
-        write_text(self.folder / "history.jsonl", "".join(json.dumps(record) + "\n" for record in history))
 
     def load(self, sdn: nn.Module, optimizer: optim.Optimizer, phase: int) -> int:
         """Bring a phase to where it was left.
@@ -57,14 +62,23 @@ class Checkpoint:
         Returns:
             Epochs of this phase that are done already; all of them (a large number) where a later phase
             has begun.
+
+        Raises:
+            FileFormatError: the checkpoint is damaged, of another run, or of another network.
         """
         state = self._read()
         if state is None or state["phase"] < phase:
             return 0
-        sdn.load_state_dict(state["sdn"])
-        if state["phase"] > phase:
-            return 1_000_000_000
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            sdn.load_state_dict(state["sdn"])
+            if state["phase"] > phase:
+                return 1_000_000_000
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            why = " ".join(str(error).split())[:200]
+            raise FileFormatError(
+                f"{self.folder}/checkpoint.pt is of another network ({why}). Use another folder."
+            ) from None
         return state["epochs"]
 
     def read_history(self) -> list[dict[str, Any]]:
@@ -78,8 +92,9 @@ class Checkpoint:
         path = self.folder / "checkpoint.pt"
         try:
             state = torch.load(path, weights_only=True, map_location="cpu")
-        except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, OSError) as error:
-            raise FileFormatError(f"{path} is damaged or foreign ({error}). Remove it to start anew.") from None
+        except Exception as error:  # a damaged file raises whatever its bytes happen to mean
+            why = " ".join(str(error).split())[:200] or type(error).__name__
+            raise FileFormatError(f"{path} is damaged or foreign ({why}). Remove it to start anew.") from None
         if not isinstance(state, dict) or state.get("identity") != self.identity:
             found = state.get("identity") if isinstance(state, dict) else type(state).__name__
             raise FileFormatError(

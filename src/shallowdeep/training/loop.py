@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +15,13 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from shallowdeep.data.images import ImageSet, Splits
-from shallowdeep.errors import NetworkError, TrainingDiverged
+from shallowdeep.data.images import Augmentation, Batch, ImageSet, Splits
+from shallowdeep.errors import ConfigError, NetworkError, TrainingDiverged
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.progress import Bar, bar
 from shallowdeep.training.checkpoint import Checkpoint
 from shallowdeep.training.recipes import Recipe
-from shallowdeep.training.strategies import Phase, RecipeFor, Strategy, named_strategy
+from shallowdeep.training.strategies import Phase, RecipeFor, Strategy, named_strategy, with_epochs
 
 REPORT_EVERY = 20  # batches between two looks at the loss: each waits for the device
 
@@ -44,7 +47,8 @@ def fit(
     of threads. The process's own random state is left as it was.
 
     Args:
-        sdn: trained in place, and left on the device it was trained on, in evaluation mode.
+        sdn: trained in place, and left on the device it was trained on, in evaluation mode; what was frozen
+            before is so again.
         data: its training split is shuffled and augmented; its validation split is only looked at.
         strategy: a name (``plain``, ``ic_only``, ``joint``, ``mixed``) or a tuple of phases.
         recipe: a name (``paper``, ``fast``), a recipe, or a function from what a phase trains to one.
@@ -57,29 +61,50 @@ def fit(
         progress: draw a bar on the terminal.
 
     Returns:
-        One record per epoch: phase, epoch, loss, training and validation accuracy per exit, seconds.
+        One record per epoch: ``phase`` (from 0), ``trains``, ``epoch`` (from 1), ``loss``, ``lr`` at its
+        start, ``train_accuracy`` per exit, ``seconds`` of training, and, in epochs that look at the
+        validation split, ``val_accuracy`` per exit. A phase that trains the backbone has one exit.
 
     Raises:
-        TrainingDiverged: the loss is no longer a number; the last good checkpoint is kept.
+        TrainingDiverged: the loss or a weight is no longer a number; the last good checkpoint is kept.
+        ConfigError: a batch is more than the training split, or a phase has nothing to train.
         NetworkError: the network has fewer outputs than the data has classes.
         FileFormatError: the checkpoint is damaged, or of another run.
     """
-    if sdn.num_outputs < data.num_classes:
-        raise NetworkError(
-            f"the network has {sdn.num_outputs} outputs, the data {data.num_classes} classes. "
-            f"Build it with num_classes={data.num_classes}."
-        )
-    phases = strategy if isinstance(strategy, tuple) else named_strategy(strategy, sdn, recipe, epochs=epochs)
-    identity = f"{data.name} of {len(data.train)}, seed {seed}, {phases}"
-    checkpoint = Checkpoint(None if folder is None else Path(folder), identity)
+    phases = (
+        tuple(replace(phase, recipe=with_epochs(phase.recipe, epochs)) for phase in strategy)
+        if isinstance(strategy, tuple)
+        else named_strategy(strategy, sdn, recipe, epochs=epochs)
+    )
+    _check(sdn, data, phases)
+    checkpoint = Checkpoint(None if folder is None else Path(folder), _identity(data, seed, phases))
+    checkpoint.sweep()
     run = _Run(sdn, data, seed, device, checkpoint, validate_every, progress)
     if resume:
         run.history = checkpoint.read_history()
     with torch.random.fork_rng():
         for number, phase in enumerate(phases):
             run.train_phase(number, phase, resume=resume)
-    sdn.eval()
     return run.history
+
+
+def _check(sdn: ShallowDeepNetwork, data: Splits, phases: Strategy) -> None:
+    if sdn.num_outputs < data.num_classes:
+        raise NetworkError(
+            f"the network has {sdn.num_outputs} outputs, the data {data.num_classes} classes. "
+            f"Build it with num_classes={data.num_classes}."
+        )
+    for phase in phases:
+        if phase.recipe.batch_size > len(data.train):
+            raise ConfigError(
+                f"a batch of {phase.recipe.batch_size} is more than the {len(data.train)} images to train on. "
+                "Lower the batch size (recipe.batch_size)."
+            )
+
+
+def _identity(data: Splits, seed: int, phases: Strategy) -> str:
+    """What run this is, in words; an objective that is a bare function has its address in them."""
+    return re.sub(r" at 0x[0-9a-f]+", "", f"{data.name} of {len(data.train)}, seed {seed}, {phases}")
 
 
 @dataclass
@@ -101,38 +126,46 @@ class _Run:
         self.sdn.to(device=fabric.device)
         if recipe.channels_last:
             self.sdn.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.sdn.freeze_backbone(phase.trains == "exits")
+        with _frozen_for(self.sdn, phase):
+            optimizer = recipe.build_optimizer(_trained(self.sdn, phase))
+            first = self.checkpoint.load(self.sdn, optimizer, number) if resume else 0
+            stage = self._set_up(fabric, phase, optimizer)
+            for epoch in range(first, recipe.epochs):
+                self.history.append({"phase": number, **self._epoch(stage, number, epoch)})
+                self.checkpoint.save(self.sdn, optimizer, number, epoch + 1, self.history)
+
+    def _set_up(self, fabric: Fabric, phase: Phase, optimizer: torch.optim.Optimizer) -> _Stage:
         network: nn.Module = LastExit(self.sdn) if phase.trains == "backbone" else self.sdn
-        optimizer = recipe.build_optimizer(_trained(self.sdn, phase))
-        first = self.checkpoint.load(self.sdn, optimizer, number) if resume else 0
         model, wrapped = fabric.setup(network, optimizer)
-        train = self.data.train.to(fabric.device)
-        for epoch in range(first, recipe.epochs):
-            started = time.perf_counter()
-            with self.sdn.tapped():
-                record = _train_epoch(
-                    fabric,
-                    model,
-                    wrapped,
-                    train,
-                    self.data,
-                    phase,
-                    epoch,
-                    _epoch_seed(self.seed, number, epoch),
-                    self.progress,
-                )
-            record = {
-                "phase": number,
-                "trains": phase.trains,
-                **record,
-                "seconds": time.perf_counter() - started,
-            }
-            if self.validate_every and (epoch + 1) % self.validate_every == 0:
-                record["val_accuracy"] = _accuracy(model, self.sdn, self.data.val.to(fabric.device), recipe)
-            self.history.append(record)
-            self.checkpoint.save(self.sdn, optimizer, number, epoch + 1, self.history)
-        self.sdn.freeze_backbone(False)
-        self.sdn.zero_grad(set_to_none=True)
+        train, val = (images.to(fabric.device) for images in (self.data.train, self.data.val))
+        return _Stage(self.sdn, phase, fabric, model, wrapped, train, val, self.data.augment)
+
+    def _epoch(self, stage: _Stage, number: int, epoch: int) -> dict[str, Any]:
+        started = time.perf_counter()
+        record = _train_epoch(stage, epoch, _epoch_seed(self.seed, number, epoch), progress=self.progress)
+        record = {"trains": stage.phase.trains, **record, "seconds": time.perf_counter() - started}
+        _check_weights(self.sdn, epoch)
+        if self.validate_every and (epoch + 1) % self.validate_every == 0:
+            record["val_accuracy"] = _accuracy(stage)
+        return record
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One phase, set up on its device."""
+
+    sdn: ShallowDeepNetwork
+    phase: Phase
+    fabric: Fabric
+    model: Any
+    optimizer: Any
+    train: ImageSet
+    val: ImageSet
+    augment: Augmentation
+
+    def tapped(self) -> AbstractContextManager[None]:
+        """The hooks, kept on around a loop, where the phase runs internal exits."""
+        return nullcontext() if self.phase.trains == "backbone" else self.sdn.tapped()
 
 
 class LastExit(nn.Module):
@@ -147,50 +180,51 @@ class LastExit(nn.Module):
         return [self.sdn.run_backbone(x)]
 
 
-def _train_epoch(
-    fabric: Fabric,
-    model: Any,
-    optimizer: Any,
-    train: ImageSet,
-    data: Splits,
-    phase: Phase,
-    epoch: int,
-    seed: int,
-    progress: bool,
-) -> dict[str, Any]:
-    recipe = phase.recipe
-    steps = train.num_batches(recipe.batch_size, drop_last=True)
-    loss_sum, right, seen = torch.zeros((), device=fabric.device), torch.zeros((), device=fabric.device), 0
+def _train_epoch(stage: _Stage, epoch: int, seed: int, *, progress: bool) -> dict[str, Any]:
+    recipe, device = stage.phase.recipe, stage.fabric.device
+    steps = stage.train.num_batches(recipe.batch_size, drop_last=True)
+    loss_sum, right, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
     torch.manual_seed(seed)
-    model.train()
-    batches = train.batches(
-        recipe.batch_size, augment=data.augment, seed=seed, drop_last=True, channels_last=recipe.channels_last
+    stage.model.train()
+    batches = stage.train.batches(
+        recipe.batch_size, augment=stage.augment, seed=seed, drop_last=True, channels_last=recipe.channels_last
     )
-    with bar(f"{phase.trains} {epoch + 1}/{recipe.epochs}", steps, shown=progress) as line:
+    title = f"{stage.phase.trains} {epoch + 1}/{recipe.epochs}"
+    with stage.tapped(), bar(title, steps, shown=progress) as line:
         for step, batch in enumerate(batches):
-            done = (epoch + step / steps) / recipe.epochs
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.rate(done)
-            logits = model(batch.inputs)
-            loss = phase.objective(logits, batch.labels, done)
-            fabric.backward(loss)
-            if recipe.clip_norm is not None:
-                fabric.clip_gradients(model, optimizer, max_norm=recipe.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            loss_sum = loss_sum + loss.detach()
-            right = right + torch.stack([(x.argmax(1) == batch.labels).sum() for x in logits])
+            loss, logits = _train_batch(stage, batch, (epoch + step / steps) / recipe.epochs)
+            loss_sum = loss_sum + loss
+            right = right + _right(logits, batch.labels)
             seen += len(batch.labels)
             line.advance()
             if (step + 1) % REPORT_EVERY == 0:
                 _report(line, loss_sum / (step + 1), right / seen, epoch)
-    mean_loss = _finite(loss_sum / steps, epoch)
     return {
         "epoch": epoch + 1,
-        "loss": mean_loss,
+        "loss": _finite(loss_sum / steps, epoch),
         "lr": recipe.rate(epoch / recipe.epochs),
         "train_accuracy": (right / seen).tolist(),
     }
+
+
+def _train_batch(stage: _Stage, batch: Batch, done: float) -> tuple[Tensor, list[Tensor]]:
+    recipe = stage.phase.recipe
+    for group in stage.optimizer.param_groups:
+        group["lr"] = recipe.rate(done)
+    logits = stage.model(batch.inputs)
+    loss = stage.phase.objective(logits, batch.labels, done)
+    stage.fabric.backward(loss)
+    if recipe.clip_norm is not None:
+        # an infinite norm makes the next loss no number, and that is reported with what to do about it
+        stage.fabric.clip_gradients(stage.model, stage.optimizer, max_norm=recipe.clip_norm, error_if_nonfinite=False)
+    stage.optimizer.step()
+    stage.optimizer.zero_grad()
+    return loss.detach(), [x.detach() for x in logits]
+
+
+def _right(logits: list[Tensor], labels: Tensor) -> Tensor:
+    """How many labels each exit finds."""
+    return torch.stack([(x.argmax(1) == labels).sum() for x in logits])
 
 
 def _report(line: Bar, loss: Tensor, accuracy: Tensor, epoch: int) -> None:
@@ -201,26 +235,61 @@ def _report(line: Bar, loss: Tensor, accuracy: Tensor, epoch: int) -> None:
 def _finite(loss: Tensor, epoch: int) -> float:
     value = float(loss)
     if not math.isfinite(value):
-        raise TrainingDiverged(
-            f"the loss became {value} in epoch {epoch + 1}. The checkpoint of the epoch before is kept. "
-            "Lower the peak learning rate (recipe.lr) or clip gradients (recipe.clip_norm)."
-        )
+        raise _diverged(f"the loss became {value}", epoch)
     return value
 
 
-def _accuracy(model: Any, sdn: ShallowDeepNetwork, images: ImageSet, recipe: Recipe) -> list[float]:
+def _check_weights(sdn: ShallowDeepNetwork, epoch: int) -> None:
+    """The last step of an epoch can spoil weights that no loss has seen yet."""
+    for name, tensor in sdn.state_dict().items():
+        if not tensor.isfinite().all():
+            raise _diverged(f"'{name}' is no longer finite", epoch)
+
+
+def _diverged(what: str, epoch: int) -> TrainingDiverged:
+    return TrainingDiverged(
+        f"{what} in epoch {epoch + 1}. The checkpoint of the epoch before is kept. "
+        "Lower the peak learning rate (recipe.lr) or clip gradients (recipe.clip_norm)."
+    )
+
+
+def _accuracy(stage: _Stage) -> list[float]:
     """Accuracy of each exit that the phase runs, in the phase's own precision."""
-    model.eval()
+    stage.model.eval()
     right: Any = 0
-    with torch.no_grad(), sdn.tapped():
-        for batch in images.batches(500, channels_last=recipe.channels_last):
-            right = right + torch.stack([(x.argmax(1) == batch.labels).sum() for x in model(batch.inputs)])
-    return (right / len(images)).tolist()
+    with torch.no_grad(), stage.tapped():
+        for batch in stage.val.batches(500, channels_last=stage.phase.recipe.channels_last):
+            right = right + _right(stage.model(batch.inputs), batch.labels)
+    return (right / len(stage.val)).tolist()
+
+
+@contextmanager
+def _frozen_for(sdn: ShallowDeepNetwork, phase: Phase) -> Iterator[None]:
+    """Freeze what a phase does not train; afterwards, and after an error, all is as frozen as before."""
+    frozen, needed = sdn.frozen, [(parameter, parameter.requires_grad) for parameter in sdn.parameters()]
+    if frozen != (phase.trains == "exits"):
+        sdn.freeze_backbone(not frozen)
+    try:
+        yield
+    finally:
+        sdn.frozen = frozen
+        for parameter, need in needed:
+            parameter.requires_grad_(need)
+        sdn.zero_grad(set_to_none=True)
+        sdn.eval()
 
 
 def _trained(sdn: ShallowDeepNetwork, phase: Phase) -> list[nn.Parameter]:
-    part: nn.Module = {"backbone": sdn.backbone, "exits": sdn.exits, "all": sdn}[phase.trains]
-    return [parameter for parameter in part.parameters() if parameter.requires_grad]
+    """What a phase moves; a final head of its own belongs to the backbone, whose last exit it is."""
+    exits = set(sdn.exits.parameters())
+    found = [
+        parameter
+        for parameter in sdn.parameters()
+        if parameter.requires_grad and phase.trains in ("all", "exits" if parameter in exits else "backbone")
+    ]
+    if not found:
+        raise ConfigError(f"a phase trains '{phase.trains}', and the network has no such weights to train.")
+    return found
 
 
 def _precision(recipe: Recipe, device: str) -> Any:
@@ -236,4 +305,4 @@ def computes_in_bf16(device: str) -> bool:
 
 
 def _epoch_seed(seed: int, phase: int, epoch: int) -> int:
-    return (seed * 1_000_003 + phase) * 1_000_003 + epoch
+    return ((seed * 1_000_003 + phase) * 1_000_003 + epoch) % 2**64  # as many bits as PyTorch takes

@@ -94,6 +94,11 @@ def named_strategy(
             chosen = named_recipe(recipe, trains, "" if spec is None else spec.name)
         else:
             chosen = recipe if isinstance(recipe, Recipe) else recipe(trains)
-        return chosen if epochs is None else Recipe(**{**chosen.model_dump(), "epochs": epochs})
+        return with_epochs(chosen, epochs)
 
     return STRATEGIES[name](sdn, recipe_for)
+
+
+def with_epochs(recipe: Recipe, epochs: int | None) -> Recipe:
+    """The same recipe over another length; ``None``: over its own."""
+    return recipe if epochs is None else Recipe(**{**recipe.model_dump(), "epochs": epochs})

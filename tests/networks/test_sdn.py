@@ -1,0 +1,329 @@
+import copy
+import errno
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+import shallowdeep.storage
+from shallowdeep.errors import FileFormatError, NetworkError
+from shallowdeep.networks.attach import attach
+from shallowdeep.networks.costs import count_params
+from shallowdeep.networks.exits import InternalClassifier, TokenClassifier
+from shallowdeep.networks.sdn import ShallowDeepNetwork
+from shallowdeep.networks.zoo import load_network
+from shallowdeep.storage import FORMAT, save_tensors
+
+TAPS = ("stem", "blocks.0", "blocks.1")
+
+
+@pytest.fixture
+def sdn(tiny_net, images):
+    torch.manual_seed(0)
+    return attach(tiny_net(), images, taps=TAPS).eval()
+
+
+def equal(some, others):
+    return [torch.equal(a, b) for a, b in zip(some, others, strict=True)] == [True] * len(some)
+
+
+def snapshot(net):
+    return copy.deepcopy(net.state_dict())
+
+
+# The backbone is a guest's host
+
+
+def test_attach_leaves_the_backbone_as_it_was(tiny_net, images):
+    net = tiny_net()
+    names, alone = list(net.state_dict()), net(images)
+    sdn = attach(net, images, taps=TAPS).eval()
+    assert sdn.backbone is net
+    assert list(net.state_dict()) == names
+    assert [name for name in sdn.state_dict() if name.startswith("backbone.")] == [f"backbone.{n}" for n in names]
+    logits = sdn(images)
+    assert [tuple(each.shape) for each in logits] == [(6, 5)] * 4
+    assert torch.equal(logits[-1], alone)
+    assert torch.equal(sdn.run_backbone(images), alone)
+    assert torch.equal(logits[1], sdn.exits[1](net.blocks[0](net.stem(images))))
+    assert (sdn.num_exits, sdn.num_outputs, sdn.taps) == (4, 5, TAPS)
+
+
+def test_a_frozen_backbone_stays_bit_identical(sdn, images):
+    before, final = snapshot(sdn.backbone), sdn(images)[-1]
+    assert sdn.freeze_backbone() is sdn
+    optimizer = torch.optim.SGD(sdn.parameters(), lr=0.5, weight_decay=0.1)
+    heads = snapshot(sdn.exits)
+    for _ in range(3):
+        sdn.train()
+        assert sdn.exits[0].training
+        assert not any(module.training for module in sdn.backbone.modules())
+        F.cross_entropy(torch.cat(sdn(images)[:-1]), torch.arange(18) % 5).backward()
+        optimizer.step()
+    assert equal(list(sdn.backbone.state_dict().values()), list(before.values()))
+    assert torch.equal(sdn.eval()(images)[-1], final)
+    assert all(p.grad is None and not p.requires_grad for p in sdn.backbone.parameters())
+    assert not any(torch.equal(heads[name], value) for name, value in sdn.exits.state_dict().items())
+
+
+def test_unfreezing_lets_it_train_again(sdn, images):
+    sdn.train().freeze_backbone()
+    assert not sdn(images)[-1].requires_grad
+    before = sdn.backbone.stem[1].num_batches_tracked.item()
+    sdn.freeze_backbone(False)
+    assert all(module.training for module in sdn.modules())
+    torch.cat(sdn(images)).sum().backward()
+    assert all(p.grad is not None for p in sdn.backbone.parameters())
+    assert sdn.backbone.stem[1].num_batches_tracked == before + 1
+
+
+def test_no_grad_outside_wins(sdn, images):
+    with torch.no_grad():
+        assert not any(logits.requires_grad for logits in sdn(images))
+    assert all(logits.requires_grad for logits in sdn(images))
+
+
+# Networks made from it
+
+
+def storages(module):
+    return {tensor.data_ptr() for tensor in module.state_dict().values()}
+
+
+def test_plain_is_a_copy_of_the_backbone(sdn, images):
+    plain, before = sdn.plain(), sdn(images)
+    assert torch.equal(plain(images), before[-1])
+    assert not storages(plain) & storages(sdn)
+    for parameter in plain.parameters():
+        parameter.data.zero_()
+    assert equal(sdn(images), before)
+
+
+@pytest.mark.parametrize(("exit", "params"), [(0, 116), (1, 420), (2, 724), (3, 1_053)])
+def test_truncate_ends_at_an_exit(sdn, images, exit, params):
+    before, state = sdn(images), snapshot(sdn)
+    short = sdn.truncate(exit)
+    assert torch.equal(short(images), before[exit])
+    backbone = short if exit == 3 else short.backbone
+    assert count_params(backbone) == params == sdn.costs.backbone_params[exit]
+    assert not storages(short) & storages(sdn)
+    for parameter in short.parameters():
+        parameter.data.zero_()
+    assert equal(list(sdn.state_dict().values()), list(state.values()))
+    assert equal(sdn(images), before)
+
+
+class Tokens(nn.Module):
+    """Attention, whose last layer is never called, and a parameter of the network itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(5, 8))
+        self.first, self.second = (nn.MultiheadAttention(8, 2, batch_first=True) for _ in range(2))
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = x + self.position
+        x = x + self.first(x, x, x)[0]
+        return self.fc(self.second(x, x, x)[0].mean(1))
+
+
+def test_truncate_keeps_weights_of_modules_that_are_never_called():
+    x = torch.randn(2, 5, 8)
+    sdn = attach(nn.Sequential(nn.Identity(), Tokens()), x, taps=["1.second"]).eval()
+    assert torch.equal(sdn.truncate(0)(x), sdn(x)[0])
+    # position; in and out projections of both attentions
+    assert count_params(sdn.truncate(0).backbone) == sdn.costs.backbone_params[0] == 40 + 2 * (4 * 64 + 4 * 8)
+
+
+@pytest.mark.parametrize("exit", [-1, 4])
+def test_truncate_refuses_an_exit_that_is_not_there(sdn, exit):
+    with pytest.raises(NetworkError, match=f"no exit {exit}: this network has exits 0 to 3"):
+        sdn.truncate(exit)
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("trip", [copy.deepcopy, lambda sdn: pickle.loads(pickle.dumps(sdn))], ids=["copy", "pickle"])
+def test_copies_give_equal_outputs(sdn, images, trip):
+    before = sdn(images)
+    other = trip(sdn)
+    assert equal(other(images), before)
+    assert not storages(other) & storages(sdn)
+    assert (other.costs, other.placements, other.taps) == (sdn.costs, sdn.placements, TAPS)
+
+
+def test_state_dict_round_trip(sdn, tiny_net, images):
+    other = attach(tiny_net(seed=1), images, taps=TAPS).eval()
+    assert not equal(other(images), sdn(images))
+    other.load_state_dict(sdn.state_dict())
+    assert equal(other(images), sdn(images))
+
+
+def test_save_and_load_by_name(tmp_path):
+    x = torch.randn(2, 3, 32, 32)
+    sdn = attach(load_network("resnet20", num_classes=4), x, taps=["layer1.0", "layer2.1"]).eval()
+    sdn.save(tmp_path / "deep" / "net.safetensors")
+    other = ShallowDeepNetwork.load(tmp_path / "deep" / "net.safetensors").eval()
+    assert equal(other(x), sdn(x))
+    assert (other.costs, other.placements, other.label_spaces) == (sdn.costs, sdn.placements, {"labels": 4})
+    assert [type(head) for head in other.exits] == [InternalClassifier] * 2
+    assert torch.equal(other.truncate(0)(x), sdn(x)[0])
+
+
+def test_load_with_a_backbone(sdn, tiny_net, images, tmp_path):
+    sdn.save(tmp_path / "net")
+    net = tiny_net(seed=1)
+    other = ShallowDeepNetwork.load(tmp_path / "net", backbone=net).eval()
+    assert other.backbone is net
+    assert equal(other(images), sdn(images))
+    with pytest.raises(FileFormatError, match=r"not known by name\. Build it and pass it: load"):
+        ShallowDeepNetwork.load(tmp_path / "net")
+
+
+def test_heads_of_the_users_own(tiny_net, images, tmp_path):
+    def head(site, num_outputs):
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(site.shape[0], num_outputs))
+
+    sdn = attach(tiny_net(), images, taps=TAPS, head=head).eval()
+    sdn.save(tmp_path / "net")
+    other = ShallowDeepNetwork.load(tmp_path / "net", backbone=tiny_net(seed=1), head=head).eval()
+    assert equal(other(images), sdn(images))
+    with pytest.raises(FileFormatError, match=r"heads of your own\. Pass what built them: load"):
+        ShallowDeepNetwork.load(tmp_path / "net", backbone=tiny_net())
+
+
+def test_token_heads_keep_their_pooling(tmp_path):
+    x = torch.randn(2, 5, 8)
+    sdn = attach(Tokens(), x, taps=["second"], head=lambda site, k: TokenClassifier(site.shape, k, "first")).eval()
+    sdn.save(tmp_path / "net")
+    other = ShallowDeepNetwork.load(tmp_path / "net", backbone=Tokens()).eval()
+    assert other.exits[0].pool == "first"
+    assert equal(other(x), sdn(x))
+
+
+def test_final_head_and_label_spaces(tiny_net, images, tmp_path):
+    spaces = {"fine": 5, "coarse": 2}
+    sdn = attach(tiny_net(), images, taps=TAPS, label_spaces=spaces, final_head=nn.Linear(5, 7)).eval()
+    assert [tuple(each.shape) for each in sdn(images)] == [(6, 7)] * 4
+    assert torch.equal(sdn(images)[-1], sdn.final_head(sdn.backbone(images)))
+    sdn.save(tmp_path / "net")
+    other = ShallowDeepNetwork.load(tmp_path / "net", backbone=tiny_net(seed=1), final_head=nn.Linear(5, 7)).eval()
+    assert equal(other(images), sdn(images))
+    assert (list(other.label_spaces.items()), other.num_outputs) == ([("fine", 5), ("coarse", 2)], 7)
+    with pytest.raises(FileFormatError, match=r"saved with a final head of its own\. Pass it: load"):
+        ShallowDeepNetwork.load(tmp_path / "net", backbone=tiny_net())
+
+
+def test_half_precision_on_disk(sdn, tiny_net, images, tmp_path):
+    sdn.save(tmp_path / "half", dtype=torch.float16)
+    sdn.save(tmp_path / "full")
+    other = ShallowDeepNetwork.load(tmp_path / "half", backbone=tiny_net(seed=1)).eval()
+    assert equal(list(other.parameters()), [p.half().float() for p in sdn.parameters()])
+    assert {p.dtype for p in other.parameters()} == {torch.float32}
+    # the description is the same in both
+    saved = (tmp_path / "full").stat().st_size - (tmp_path / "half").stat().st_size
+    floats = sum(t.numel() for t in sdn.state_dict().values() if t.is_floating_point())
+    assert abs(saved - 2 * floats) < 100  # offsets are written with fewer digits
+
+
+# Files that are not what they should be
+
+
+def refusal(path, **options):
+    with pytest.raises(FileFormatError) as caught:
+        ShallowDeepNetwork.load(path, **options)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("length", [0, 4, 8, 100, 0.5, -1])
+def test_truncated_file(sdn, tiny_net, tmp_path, length):
+    path = tmp_path / "net"
+    sdn.save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * length) if isinstance(length, float) else length])
+    assert "truncated or no safetensors file" in refusal(path, backbone=tiny_net())
+
+
+INFO = {"network": None, "placements": [], "heads": [], "costs": {}, "label_spaces": {}, "final_head": False}
+
+
+def header(**changes):
+    return json.dumps({"kind": "sdn", "format": FORMAT, "info": INFO} | changes)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (None, "a file that shallowdeep did not write, not a sdn"),
+        ({"other": "x"}, "a file that shallowdeep did not write, not a sdn"),
+        ({"shallowdeep": "{"}, "truncated or no safetensors file"),
+        ({"shallowdeep": "[1]"}, "a file that shallowdeep did not write"),
+        ({"shallowdeep": '{"kind": "sdn"}'}, "a file that shallowdeep did not write"),
+        ({"shallowdeep": header(kind="trace")}, "is a trace, not a sdn"),
+        ({"shallowdeep": header(format=FORMAT + 1)}, "this version reads up to 1. Upgrade shallowdeep"),
+        ({"shallowdeep": header(info={})}, "describes no Shallow-Deep Network ('"),
+        ({"shallowdeep": header()}, "describes no Shallow-Deep Network"),
+        ({"shallowdeep": header(info=INFO | {"placements": [1]})}, "describes no Shallow-Deep Network"),
+    ],
+)
+def test_foreign_file(tiny_net, tmp_path, metadata, message):
+    path = tmp_path / "net"
+    save_file({"x": torch.zeros(2)}, path, metadata=metadata)
+    assert message in refusal(path, backbone=tiny_net())
+
+
+def test_other_foreign_files(tiny_net, tmp_path):
+    path = tmp_path / "net"
+    assert refusal(path) == f"no file {path}"
+    path.write_text('{"kind": "sdn"}' * 20)
+    assert "truncated or no safetensors file" in refusal(path)
+    torch.save({"a": torch.zeros(1)}, path)
+    assert "truncated or no safetensors file" in refusal(path)
+    save_tensors(path, {"logits": torch.zeros(2)}, kind="trace", info={})
+    assert "is a trace, not a sdn" in refusal(path, backbone=tiny_net())
+
+
+def test_weights_that_do_not_fit_leave_the_backbone_alone(sdn, tmp_path):
+    path = tmp_path / "net"
+    sdn.save(path)
+    wider = copy.deepcopy(sdn.backbone)
+    wider.fc = nn.Linear(4, 6)
+    before = snapshot(wider)
+    wider.stem[0].weight.data.add_(1)
+    changed = snapshot(wider)
+    assert "2 names or shapes differ, first 'backbone.fc.bias'" in refusal(path, backbone=wider)
+    assert equal(list(wider.state_dict().values()), list(changed.values()))
+    assert not equal(list(changed.values()), list(before.values()))
+    assert "do not fit the network" in refusal(path, backbone=nn.Linear(3, 5))
+
+
+def test_a_failing_save_leaves_the_file_that_was_there(sdn, tmp_path, monkeypatch):
+    path = tmp_path / "net"
+    sdn.save(path)
+    before = path.read_bytes()
+
+    def full_disk(tensors, to, metadata):
+        Path(to).write_bytes(b"half a file")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shallowdeep.storage, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        sdn.save(path)
+    assert path.read_bytes() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["net"]
+
+
+def test_what_is_printed(sdn):
+    # (tap + heads so far) / 62,228 multiply-adds; each head is 64·5
+    shares = "{stem: 0.116, blocks.0: 0.418, blocks.1: 0.719, last: 1.015}"
+    assert f"relative cost to each exit: {shares}" in repr(sdn)

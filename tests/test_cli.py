@@ -1,0 +1,222 @@
+"""The commands as a user types them, on digits."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from shallowdeep.cli import app, main
+from shallowdeep.traces.trace import Trace
+
+
+@pytest.fixture
+def shell(monkeypatch, capsys):
+    """Run a command line as the entry point does: exit code, standard output, standard error."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["shallowdeep", *map(str, words)])
+        code = 0
+        try:
+            main()
+        except SystemExit as left:
+            code = int(left.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A plain and an IC-only run on digits, recorded."""
+    folder = tmp_path_factory.mktemp("runs")
+    options = ["--network", "resnet20", "--epochs", "1", "--set", "recipe.batch_size=64"]
+    for words in (
+        ["fit", "--strategy", "plain", *options, "--out", folder / "plain"],
+        ["fit", "--strategy", "ic_only", "--init", folder / "plain", *options, "--out", folder / "ic"],
+        ["record", folder / "plain"],
+        ["record", folder / "ic"],
+    ):
+        found = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+        assert found.exit_code == 0, found.output
+    return folder
+
+
+def test_a_run_folder_is_whole(runs):
+    names = {path.name for path in (runs / "ic").iterdir()}
+    assert names == {
+        "checkpoint.pt", "config.json", "environment.json", "history.jsonl", "sdn.safetensors", "traces",
+    }  # fmt: skip
+    assert {path.name for path in (runs / "ic" / "traces").iterdir()} == {
+        f"{split}.safetensors" for split in ("train", "val", "test")
+    }
+    environment = json.loads((runs / "ic" / "environment.json").read_text())
+    assert {"command", "python", "versions", "processor", "cores", "threads"} <= set(environment)
+    assert len((runs / "ic" / "history.jsonl").read_text().splitlines()) == 1
+
+
+def test_traces_hold_the_splits(runs):
+    traces = {split: Trace.load(runs / "ic" / "traces" / f"{split}.safetensors") for split in ("train", "val", "test")}
+    assert {split: (len(t), t.num_exits, t.info.split) for split, t in traces.items()} == {
+        "train": (1257, 7, "train"), "val": (180, 7, "val"), "test": (360, 7, "test"),
+    }  # fmt: skip
+    assert traces["test"].info.strategy == "ic_only"
+
+
+def test_ic_only_keeps_the_plain_network(runs):
+    plain, ic = (Trace.load(runs / name / "traces" / "test.safetensors") for name in ("plain", "ic"))
+    assert plain.num_exits == 1
+    assert bool((plain.logits[-1] == ic.logits[-1]).all())
+
+
+def test_analyze(runs, shell):
+    code, out, _ = shell("analyze", runs / "ic")
+    assert code == 0
+    for word in ("Overthinking", "Confusion", "Budgets", "≤ 50 %", "AUROC", "destructive"):
+        assert word in out
+    results = {path.stem: json.loads(path.read_text()) for path in (runs / "ic" / "results").glob("*.json")}
+    assert set(results) >= {"overthinking", "confusion", "budgets"}
+    assert results["overthinking"]["n"] == 360
+    assert results["budgets"]["config"]["strategy"] == "ic_only"
+    assert results["budgets"]["environment"]["threads"] >= 1
+
+
+def test_analyze_a_plain_run_and_a_file(runs, shell):
+    code, out, _ = shell("analyze", runs / "plain")
+    assert code == 0
+    assert "Confusion" not in out
+    code, out, _ = shell("analyze", runs / "ic" / "traces" / "val.safetensors")
+    assert code == 0
+    assert "Of 180 samples" in out
+
+
+def test_calibrate_then_replay(runs, shell):
+    code, out, _ = shell("calibrate", runs / "ic", "--max-cost", 0.5)
+    assert code == 0
+    policy = json.loads((runs / "ic" / "policy.json").read_text())
+    assert policy["kind"] == "confidence"
+    assert "Confidence(threshold=" in out
+    code, out, _ = shell("replay", runs / "ic")
+    assert code == 0
+    kept = json.loads((runs / "ic" / "results" / "replay.json").read_text())
+    assert kept["policy"] == policy
+    assert kept["n"] == 360
+    assert f"{100 * kept['cost']:.1f} %" in out
+    # Validation met the budget; test may pass it a little.
+    assert json.loads((runs / "ic" / "results" / "calibration.json").read_text())["cost"] <= 0.5
+    assert kept["cost"] < 0.6
+
+
+def test_calibrate_by_drop_from_the_original(runs, shell):
+    code, _, _ = shell(
+        "calibrate", runs / "ic", "--max-accuracy-drop", 0.02, "--reference", "original", "--original", runs / "plain"
+    )
+    assert code == 0
+    kept = json.loads((runs / "ic" / "results" / "calibration.json").read_text())
+    val = Trace.load(runs / "plain" / "traces" / "val.safetensors")
+    assert kept["accuracy"] >= val.correct[:, -1].double().mean().item() - 0.02 - 1e-9
+
+
+def test_patience_from_the_command_line(runs, shell):
+    code, out, _ = shell("calibrate", runs / "ic", "--max-cost", 1.1, "--rule", "patience")
+    assert code == 0
+    assert "Patience(patience=" in out
+
+
+def test_probe(shell):
+    code, out, _ = shell("probe", "resnet56", "--everywhere")
+    assert code == 0
+    for tap, got in [("layer1.3", "0.1536"), ("layer2.2", "0.4455"), ("layer3.5", "0.8874")]:
+        assert re.search(rf"{re.escape(tap)}\s+0\.\d+\s+{got}", out)
+    assert "251.5 MFLOPs" in out
+    assert "a later layer still wants" in out
+
+
+def test_probe_lists_names(shell):
+    assert shell("probe")[1].split() == ["mobilenet", "resnet110", "resnet20", "resnet56", "vgg16", "wrn32_4"]
+
+
+def bad_inputs(runs, tmp_path):
+    """What a user gets wrong, and the words that must answer."""
+    truncated = tmp_path / "trace.safetensors"
+    truncated.write_bytes((runs / "ic" / "traces" / "test.safetensors").read_bytes()[:5000])
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"x": Trace.load(runs / "ic" / "traces" / "val.safetensors").logits[0]}, foreign)
+    out = tmp_path / "out"
+    return [
+        (["fit", "--network", "resnet65", "--out", out], "no network 'resnet65'. Did you mean 'resnet56'?"),
+        (["fit", "--data", "cifar11", "--out", out], "no data set 'cifar11'"),
+        (["fit", "--strategy", "jiont", "--out", out], "no strategy 'jiont'. Did you mean 'joint'?"),
+        (["fit", "--recipe", "slow", "--out", out], "no recipe 'slow'"),
+        (["fit", "--strategy", "ic_only", "--out", out], "Give one: --init RUN"),
+        (["fit", "--set", "recipe.lrr=1", "--out", out], "unknown key 'recipe.lrr'"),
+        (["fit", "--set", "seed", "--out", out], "--set takes key=value"),
+        (["fit", "--set", "image_size=48", "--out", out], "image_size=48"),
+        (["fit", "--out", runs / "ic"], "holds a run already. Pass --resume"),
+        (["fit", "--seed", "9", "--out", runs / "ic", "--resume"], "another configuration"),
+        (["fit", "--config", tmp_path / "gone.toml", "--out", out], "no file"),
+        (["fit", "--init", tmp_path / "gone", "--strategy", "ic_only", "--out", out], "no file"),
+        (["fit", "--init", runs / "plain", "--network", "vgg16", "--out", out], "another network"),
+        (["fit", "--data", "cifar10", "--data-dir", tmp_path, "--out", out], "no folder"),
+        (["record", tmp_path], "no file"),
+        (["analyze", truncated], "truncated"),
+        (["analyze", foreign], "did not write"),
+        (["analyze", runs / "ic" / "sdn.safetensors"], "is a sdn, not a trace"),
+        (["analyze", tmp_path / "gone"], "no file"),
+        (["calibrate", runs / "ic"], "either max_cost or max_accuracy_drop"),
+        (["calibrate", runs / "ic", "--max-cost", 0.01], "no confidence threshold has a cost of at most 0.01"),
+        (["calibrate", runs / "ic", "--max-cost", 1, "--rule", "luck"], "no rule 'luck'"),
+        (["replay", runs / "plain"], "has no policy. Choose one"),
+        (["probe", "resnet20", *(w for i in range(1, 60) for w in ("--shares", i / 60))], "legal sites"),
+    ]  # fmt: skip
+
+
+def test_bad_input_is_one_clear_line_and_exit_code_2(runs, tmp_path, shell, monkeypatch):
+    monkeypatch.delenv("SHALLOWDEEP_DATA", raising=False)
+    for words, message in bad_inputs(runs, tmp_path):
+        code, _, err = shell(*words)
+        assert code == 2, (words, err)
+        assert message in err, (words, err)
+        assert len(err.strip().splitlines()) == 1, err
+        assert not list(tmp_path.rglob("*.partial"))
+        assert not (tmp_path / "out").exists(), words
+
+
+def test_typed_options_are_checked(shell):
+    code, _, err = shell("fit", "--epochs", "many", "--out", "x")
+    assert code == 2
+    assert "--epochs" in err
+    assert "valid integer" in err
+
+
+def test_a_full_disk_is_one_line(runs, shell, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    before = (runs / "ic" / "traces" / "test.safetensors").read_bytes()
+    monkeypatch.setattr("shallowdeep.storage.save_file", full)
+    code, _, err = shell("record", runs / "ic")
+    assert code == 2
+    assert "No space left on device" in err
+    assert (runs / "ic" / "traces" / "test.safetensors").read_bytes() == before
+    assert not list(runs.rglob("*.partial"))
+
+
+def test_finished_run_resumes_at_once(runs, shell):
+    before = (runs / "plain" / "sdn.safetensors").stat().st_mtime_ns
+    options = ["--network", "resnet20", "--epochs", 1, "--set", "recipe.batch_size=64"]
+    code, out, _ = shell("fit", "--strategy", "plain", *options, "--out", runs / "plain", "--resume")
+    assert code == 0
+    assert "Trained" in out
+    assert (runs / "plain" / "sdn.safetensors").stat().st_mtime_ns == before
+
+
+def test_python_m(tmp_path):
+    found = subprocess.run(
+        [sys.executable, "-m", "shallowdeep", "replay", tmp_path], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 2
+    assert found.stderr.startswith("error: no file")

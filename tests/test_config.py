@@ -1,0 +1,58 @@
+import pytest
+
+from shallowdeep.config import config_keys, load_config
+from shallowdeep.errors import ConfigError
+
+
+def test_defaults():
+    config = load_config()
+    assert (config.data, config.network, config.strategy, config.recipe.name) == ("digits", "resnet20", "joint", "fast")
+    assert config.shares == (0.15, 0.30, 0.45, 0.60, 0.75, 0.90)
+
+
+def test_toml_then_options_then_text(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('strategy = "plain"\nseed = 4\nshares = [0.2, 0.5]\n[recipe]\nname = "paper"\nepochs = 7\n')
+    config = load_config(file, {"seed": 5, "recipe.lr": "0.05"})
+    assert (config.strategy, config.seed, config.shares) == ("plain", 5, (0.2, 0.5))
+    assert (config.recipe.name, config.recipe.epochs, config.recipe.lr) == ("paper", 7, 0.05)
+
+
+def test_recipe_takes_the_changes():
+    recipe = load_config(changes={"recipe.name": "paper", "recipe.lr": 0.03}).recipe.build("backbone", "vgg16")
+    assert (recipe.lr, recipe.epochs, recipe.weight_decay) == (0.03, 100, 5e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sead": "3"}, r"unknown key 'sead'\. Did you mean seed"),
+        ({"recipe.lrr": "3"}, r"unknown key 'recipe\.lrr'\. Did you mean recipe\.lr"),
+        ({"seed.x": "3"}, r"unknown key 'seed\.x'|seed = "),
+        ({"recipe.lr": "fast"}, r"recipe\.lr = 'fast': .*number"),
+        ({"recipe.epochs": "0"}, r"recipe\.epochs = '0': .*greater than 0"),
+        ({"zzz": "1"}, r"unknown key 'zzz'\. Known: data, data_dir"),
+        ({"data.name": "x"}, r"data = .*string"),
+    ],
+)
+def test_bad_values_are_named(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(changes=changes)
+
+
+@pytest.mark.parametrize("text", [b"seed = ", b"\xff\xfe", b"= 3"])
+def test_no_toml(tmp_path, text):
+    file = tmp_path / "run.toml"
+    file.write_bytes(text)
+    with pytest.raises(ConfigError, match=r"run\.toml as TOML"):
+        load_config(file)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"no file .*gone\.toml"):
+        load_config(tmp_path / "gone.toml")
+
+
+def test_keys_are_listed_dotted():
+    assert "recipe.epochs" in config_keys()
+    assert "recipe" not in config_keys()

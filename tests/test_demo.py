@@ -1,0 +1,43 @@
+import json
+
+import pytest
+
+from shallowdeep import demo
+
+
+@pytest.fixture(scope="module")
+def short_demo(tmp_path_factory):
+    """The demo with one epoch each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "EPOCHS", {"plain": 1, "ic_only": 1, "joint": 1})
+        folder = tmp_path_factory.mktemp("demo")
+        lines: list[str] = []
+        runs = demo.run_demo(folder, say=lines.append)
+        again: list[str] = []
+        demo.run_demo(folder, say=again.append, resume=True)
+    return runs, lines, again
+
+
+def test_three_runs_whole(short_demo):
+    runs, _, _ = short_demo
+    assert list(runs) == ["plain", "ic_only", "joint"]
+    for strategy, names in [
+        ("plain", {"overthinking"}),
+        ("joint", {"overthinking", "confusion", "budgets", "calibration", "replay"}),
+    ]:
+        found = {path.stem for path in (runs[strategy].folder / "results").iterdir()}
+        assert found == names
+
+
+def test_three_sentences_say_what_the_files_say(short_demo):
+    runs, lines, _ = short_demo
+    sentences = lines[-3:]
+    wasteful = json.loads((runs["ic_only"].folder / "results" / "overthinking.json").read_text())["wasteful"]
+    assert f"{100 * wasteful:.1f} % of them were right at an exit before that" in sentences[0]
+    assert "destructive overthinking" in sentences[1]
+    assert "trained jointly" in sentences[2]
+
+
+def test_a_second_time_it_only_reads(short_demo):
+    _, lines, again = short_demo
+    assert again[-3:] == lines[-3:]

@@ -1,0 +1,51 @@
+"""Every Python block of README and docs runs, and every command in README exists."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from shallowdeep.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCKS = [
+    pytest.param(block, id=f"{page.relative_to(ROOT)}:{number}")
+    for page in PAGES
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_python_block_runs(block, tmp_path):
+    # A process of its own: without the run-time type checks of this suite, as a reader would run it.
+    found = subprocess.run(
+        [sys.executable, "-W", "error", "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.strip(), "a block that prints nothing shows nothing"
+
+
+def test_there_are_blocks():
+    assert len(BLOCKS) >= 2
+
+
+def test_commands_and_their_options_exist():
+    readme = PAGES[0].read_text()
+    known = {
+        command.callback.__name__: [o for p in _parameters(command) for o in p] for command in app.registered_commands
+    }
+    used = re.findall(r"^shallowdeep (\w+)([^#\n]*)", readme, re.MULTILINE)
+    assert {command for command, _ in used} >= {"probe", "fit", "record", "analyze", "calibrate", "replay"}
+    for command, rest in used:
+        assert command in known
+        unknown = set(re.findall(r"--[\w-]+", rest)) - set(known[command])
+        assert not unknown, f"{command} has no {unknown}"
+
+
+def _parameters(command):
+    click_command = typer.main.get_command_from_info(command, pretty_exceptions_short=True, rich_markup_mode=None)
+    return [parameter.opts for parameter in click_command.params]
