@@ -1,7 +1,8 @@
 """What ``record`` adds to a process's memory: the logits, and otherwise the same at n and at 4n images.
 
-Each size runs in a process of its own, whose highest resident memory is read at the end; images and logits,
-which must grow, are taken off. Prints JSON on standard output and a sentence on standard error::
+Each size runs several times in a process of its own, whose highest resident memory is read at the end; images
+and logits, which must grow, are taken off. Equal runs differ by some 15 MiB, as the allocator has it.
+Prints JSON on standard output and a sentence on standard error::
 
     python benchmarks/record_memory.py --network resnet20 --images 2000
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import statistics
 import subprocess
 import sys
 
@@ -58,12 +60,18 @@ def spawn(num_images: int) -> dict[str, float]:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
+def rest(size: dict[str, float]) -> float:
+    """The peak without what must grow."""
+    return size["peak_mib"] - size["pixels_mib"] - size["logits_mib"]
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--network", default="resnet20")
     parser.add_argument("--taps", nargs="*", help="names of submodules (layer1)")
     parser.add_argument("--images", type=int, default=2000, help="n; the other size is 4n")
-    parser.add_argument("--batch-size", type=int, default=500)
+    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--alone", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -74,16 +82,13 @@ def main() -> None:
     if args.alone:
         print(json.dumps(measure(args, args.alone)))
         return
-    sizes = [spawn(n) for n in (args.images, 4 * args.images)]
-    for size in sizes:
-        size["rest_mib"] = size["peak_mib"] - size["pixels_mib"] - size["logits_mib"]
-    grown = sizes[1]["rest_mib"] - sizes[0]["rest_mib"]
-    print(json.dumps({"settings": vars(args), "sizes": sizes, "rest_grown_mib": grown}, indent=2))
+    rests = {n: [rest(spawn(n)) for _ in range(args.repeats)] for n in (args.images, 4 * args.images)}
+    (small, few), (large, many) = rests.items()
+    grown = statistics.median(many) - statistics.median(few)
+    print(json.dumps({"settings": vars(args), "rest_mib": rests, "rest_grown_mib": grown}, indent=2))
     print(
-        f"{sizes[0]['images']} -> {sizes[1]['images']} images: the peak grows by "
-        f"{sizes[1]['peak_mib'] - sizes[0]['peak_mib']:.0f} MiB, of which pixels and logits are "
-        f"{sizes[1]['peak_mib'] - sizes[0]['peak_mib'] - grown:.0f} MiB; the rest by {grown:.0f} MiB "
-        f"of {sizes[0]['rest_mib']:.0f}.",
+        f"{small} -> {large} images: without pixels and logits, the peak goes from {min(few):.0f}-{max(few):.0f} "
+        f"to {min(many):.0f}-{max(many):.0f} MiB in {args.repeats} runs each, {grown:+.0f} MiB between medians.",
         file=sys.stderr,
     )
 

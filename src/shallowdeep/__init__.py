@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from shallowdeep.networks.attach import attach
     from shallowdeep.networks.costs import Costs
     from shallowdeep.networks.sdn import ShallowDeepNetwork
-    from shallowdeep.networks.taps import Site, probe
+    from shallowdeep.networks.sites import Site, probe
     from shallowdeep.networks.zoo import load_network
     from shallowdeep.policies.calibrate import calibrate
     from shallowdeep.policies.replay import Decisions, oracle, replay, sweep, sweep_confidence
@@ -42,7 +42,7 @@ _HOMES = {
     "networks.attach": ["attach"],
     "networks.costs": ["Costs"],
     "networks.sdn": ["ShallowDeepNetwork"],
-    "networks.taps": ["Site", "probe"],
+    "networks.sites": ["Site", "probe"],
     "networks.zoo": ["load_network"],
     "policies.calibrate": ["calibrate"],
     "policies.replay": ["Decisions", "oracle", "replay", "sweep", "sweep_confidence"],

@@ -45,7 +45,7 @@ def probe(
     import torch
 
     from shallowdeep.networks.attach import SHARES, attach
-    from shallowdeep.networks.taps import probe
+    from shallowdeep.networks.sites import probe
     from shallowdeep.networks.zoo import load_network, networks
 
     if network is None:
@@ -121,7 +121,9 @@ def analyze(source: Annotated[Path, typer.Argument(help="run folder, or a Trace 
     from shallowdeep.runs import Run
     from shallowdeep.traces.trace import Trace
 
-    found = Run.open(source).analyze() if source.is_dir() else {"overthinking": measure_overthinking(Trace.load(source))}
+    found = (
+        Run.open(source).analyze() if source.is_dir() else {"overthinking": measure_overthinking(Trace.load(source))}
+    )
     for name, result in found.items():
         _show(name.capitalize(), result.rows())
         typer.echo(f"{result}\n")

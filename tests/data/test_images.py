@@ -154,9 +154,7 @@ def test_subset_keeps_ids():
     assert torch.equal(part.images, make_set(10).images[[4, 1]])
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"), [([10], "no sample 10"), ([-1], "no sample -1"), ([2, 2], "id 23")]
-)
+@pytest.mark.parametrize(("rows", "message"), [([10], "no sample 10"), ([-1], "no sample -1"), ([2, 2], "id 23")])
 def test_subset_refuses(rows, message):
     with pytest.raises(DataError, match=message):
         make_set(10).subset(rows)
@@ -223,9 +221,7 @@ def test_no_images_is_no_set():
 
 def test_splits_speak_for_their_training_part():
     data = make_set(6, name="toy")
-    splits = Splits(
-        data.subset([0, 1]), data.subset([2, 3], "val"), data.subset([4, 5], "test"), Augmentation(1)
-    )
+    splits = Splits(data.subset([0, 1]), data.subset([2, 3], "val"), data.subset([4, 5], "test"), Augmentation(1))
     assert (splits.name, splits.num_classes, splits.class_names) == ("toy", 2, ("a", "b"))
     assert torch.equal(splits.example_inputs, data.example_inputs[:2])
     assert splits.to("cpu").augment == Augmentation(1)

@@ -106,9 +106,7 @@ def test_val_size_and_split_seed(folder):
     data = load_data("cifar100", data_dir=folder, val_size=12)
     assert data.val.labels.bincount().tolist() == [3, 3, 3, 3]
     assert load_data("cifar100", data_dir=folder, val_size=12).val.ids.tolist() == data.val.ids.tolist()
-    assert (
-        load_data("cifar100", data_dir=folder, val_size=12, seed=1).val.ids.tolist() != data.val.ids.tolist()
-    )
+    assert load_data("cifar100", data_dir=folder, val_size=12, seed=1).val.ids.tolist() != data.val.ids.tolist()
 
 
 @pytest.mark.parametrize("val_size", [0, 40])

@@ -5,7 +5,7 @@ from torch import nn
 from shallowdeep.errors import IllegalTap, NetworkError
 from shallowdeep.networks.attach import attach, choose_sites, total_flops
 from shallowdeep.networks.exits import VectorClassifier
-from shallowdeep.networks.taps import Site
+from shallowdeep.networks.sites import Site
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from shallowdeep.errors import ConfigError, UnknownName
 from shallowdeep.networks.attach import SHARES, attach, choose_sites, total_flops
 from shallowdeep.networks.costs import count_params
-from shallowdeep.networks.taps import probe
+from shallowdeep.networks.sites import probe
 from shallowdeep.networks.zoo import load_network, networks, spec_of
 
 COLUMNS = {"cifar10": (10, 32), "cifar100": (100, 32), "tiny": (200, 64)}  # classes, pixels

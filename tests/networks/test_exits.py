@@ -12,7 +12,7 @@ from shallowdeep.networks.exits import (
     default_head,
     head_config,
 )
-from shallowdeep.networks.taps import Site
+from shallowdeep.networks.sites import Site
 
 # First row or column of each window, and the window's width, for one side of a map.
 WINDOWS = {

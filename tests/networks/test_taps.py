@@ -12,7 +12,8 @@ from torch import nn
 
 from shallowdeep.errors import IllegalTap, NetworkError
 from shallowdeep.networks.attach import attach
-from shallowdeep.networks.taps import modules_after, probe, probe_sites, run_until, take_rows, tapped
+from shallowdeep.networks.sites import modules_after, probe, probe_sites
+from shallowdeep.networks.taps import run_until, take_rows, tapped
 
 WIDTH = 8
 
@@ -306,7 +307,6 @@ def test_probe_leaves_weights_buffers_modes_and_inputs(tiny_net, images, num_hoo
 
 
 def test_an_example_of_one_number_is_enough():
-    # the spread of one number is no number, and PyTorch warns of it
     assert legal(probe(nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 3)), torch.ones(1, 1))) == ["0", "1"]
 
 
@@ -411,6 +411,7 @@ def test_contexts_nest(tiny_net, images, num_hooks):
     with sdn.tapped():
         assert num_hooks(net) == 2
         with sdn.tapped(), other.tapped():
+            assert num_hooks(net) == 3  # the inner context of the same network adds none
             inner, other_inner = sdn(images), other(images)
         outer = sdn(images)
         assert num_hooks(net) == 2

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from shallowdeep.networks.attach import attach
-from shallowdeep.networks.taps import probe
+from shallowdeep.networks.sites import probe
 
 transformers = pytest.importorskip("transformers")
 

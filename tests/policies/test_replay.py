@@ -58,6 +58,7 @@ def test_exits_switched_off_by_hand():
 
 
 def test_shares_are_exact():
+    assert replay(TRACE, Confidence(0.0)).exit_shares == [1.0, 0.0, 0.0]
     assert replay(TRACE.select(torch.tensor([0, 1, 2])), Confidence(0.72)).exit_shares == [1 / 3, 1 / 3, 1 / 3]
 
 
@@ -146,4 +147,4 @@ def test_the_best_of_a_curve_within_a_budget():
 def test_the_cheapest_of_a_curve_that_is_accurate_enough():
     curve = curve_of((0.5, 0.2), (0.75, 0.4), (0.8, 0.4), (0.9, 0.8))
     assert [curve.cheapest_above(floor) for floor in (0.0, 0.75, 0.85, 0.95)] == [0, 2, 3, None]
-    assert curve_of((0.9, 0.5)).cheapest_above(0.3 + 0.6) == 0
+    assert curve_of((0.3, 0.5)).cheapest_above(0.1 + 0.2) == 0

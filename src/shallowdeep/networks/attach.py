@@ -14,7 +14,7 @@ from shallowdeep.networks.calls import LogitsOf, batch_size, evaluating, example
 from shallowdeep.networks.costs import Costs, count_flops, count_params
 from shallowdeep.networks.exits import default_head
 from shallowdeep.networks.sdn import Placement, ShallowDeepNetwork
-from shallowdeep.networks.taps import Site, modules_after, probe, probe_sites
+from shallowdeep.networks.sites import Site, modules_after, probe, probe_sites
 
 SHARES = (0.15, 0.30, 0.45, 0.60, 0.75, 0.90)
 """Where the paper asks for exits: shares of the backbone's computation."""

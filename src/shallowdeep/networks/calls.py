@@ -112,7 +112,7 @@ def distinct_rows(inputs: Any, num_rows: int) -> Any:
         t = t[torch.arange(num_rows) % len(t)]
         if not t.is_floating_point():
             return torch.stack([row.roll(i, -1) if row.ndim else row for i, row in enumerate(t)])
-        spread = t.std(correction=0).nan_to_num().clamp_min(0.1)
+        spread = t.std().nan_to_num().clamp_min(0.1)
         return t + spread * torch.randn(t.shape, generator=generator).to(t)
 
     return pytree.tree_map_only(Tensor, widen, inputs)

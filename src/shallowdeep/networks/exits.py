@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from shallowdeep.errors import NetworkError
-from shallowdeep.networks.taps import Site
+from shallowdeep.networks.sites import Site
 
 POOLED_SIDE = 4
 

@@ -17,7 +17,8 @@ from shallowdeep.errors import FileFormatError, NetworkError
 from shallowdeep.networks.calls import LogitsOf, call, find_logits, first_line
 from shallowdeep.networks.costs import Costs
 from shallowdeep.networks.exits import build_head, head_config
-from shallowdeep.networks.taps import Site, run_until, tapped
+from shallowdeep.networks.sites import Site
+from shallowdeep.networks.taps import run_until, tapped
 from shallowdeep.networks.zoo import load_network, spec_of
 from shallowdeep.storage import load_tensors, save_tensors
 

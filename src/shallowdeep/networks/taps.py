@@ -1,59 +1,22 @@
-"""The only file with hooks: reading features at taps, dropping rows there, and proving where that is allowed."""
+"""The only file with hooks: reading features at taps, dropping rows there, stopping there, watching a forward."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from shallowdeep.errors import IllegalTap
-from shallowdeep.networks.calls import (
-    LogitsOf,
-    call,
-    distinct_rows,
-    evaluating,
-    example_logits,
-    find_logits,
-    first_line,
-    first_tensor,
-)
-from shallowdeep.networks.costs import flop_counter
-
-PROOF_ROWS = 4
-KEPT_ROWS = (1, 3)  # at least two of at least four: a single row could broadcast and look legal
+from shallowdeep.networks.calls import call, first_tensor
 
 _turns: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _turns_guard = threading.Lock()
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where an exit may sit.
-
-    Attributes:
-        name: the submodule's name, e.g. ``"layer2.1"``.
-        shape: of its output for one sample, e.g. ``(32, 16, 16)``.
-        flops: of the backbone for one sample, from the input up to and including here; 2 per multiply-add.
-        legal: whether dropping rows here drops exactly those rows of the logits.
-        why_not: the reason where it is not legal, else empty.
-        params: parameters of the backbone used up to and including here.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    flops: int
-    legal: bool
-    why_not: str
-    params: int = 0
 
 
 def submodule(net: nn.Module, name: str) -> nn.Module:
@@ -97,7 +60,7 @@ def tapped(net: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
 
         return collect
 
-    with _turn(net), _hooked((submodule(net, name), collector(name)) for name in names):
+    with taking_turns(net), _hooked((submodule(net, name), collector(name)) for name in names):
         yield features
 
 
@@ -115,7 +78,7 @@ def take_rows(net: nn.Module, name: str, rows: Tensor) -> Iterator[None]:
         num_rows = len(_batched(first_tensor(output)))
         return pytree.tree_map_only(Tensor, lambda t: t[rows] if t.ndim and len(t) == num_rows else t, output)
 
-    with _turn(net), _hooked([(submodule(net, name), keep)]):
+    with taking_turns(net), _hooked([(submodule(net, name), keep)]):
         yield
 
 
@@ -134,7 +97,7 @@ def run_until(net: nn.Module, name: str, inputs: Any) -> Tensor:
     def stop(module: nn.Module, args: Any, output: Any) -> None:
         raise _Reached(_batched(first_tensor(output)))
 
-    with _turn(net), _hooked([(submodule(net, name), stop)]):
+    with taking_turns(net), _hooked([(submodule(net, name), stop)]):
         try:
             call(net, inputs)
         except _Reached as reached:
@@ -142,188 +105,34 @@ def run_until(net: nn.Module, name: str, inputs: Any) -> Tensor:
     raise IllegalTap(f"'{name}' is not called in a forward of this network.")
 
 
-def probe(
-    net: nn.Module, example_inputs: Any, *, split_over: float = 0.1, logits: LogitsOf | None = None
-) -> list[Site]:
-    """Find where exits may sit, by proof: drop rows at a submodule and see that exactly those logits stay.
-
-    Four distinct samples are run through the network once to count FLOPs, then once per submodule with
-    two of them dropped at its output. No tracing, and no tables per architecture.
+@contextmanager
+def watched(
+    net: nn.Module,
+    enter: Callable[[str], None] = lambda name: None,
+    leave: Callable[[str, Any], None] = lambda name, output: None,
+) -> Iterator[None]:
+    """Be told the name of every submodule that a forward inside the context enters, and what it gave out.
 
     Args:
-        net: any network; neither its weights nor its mode change.
-        example_inputs: a tensor, tuple or mapping the network takes, of any batch size.
-        split_over: look inside a legal submodule only where it costs more than this share of the
-            network; 0 looks at every submodule.
-        logits: takes the logits out of what the network returns, where that is not obvious.
-
-    Returns:
-        Sites in the order in which they are computed, legal ones and refused ones with the reason. FLOPs
-        count 2 per multiply-add; batch-norm, activations and pooling count 0.
-
-    Raises:
-        NetworkError: the network does not take the example, or returns no logits.
+        net: any network; left as it was.
+        enter: called with the name before the submodule runs.
+        leave: called with the name and the output after it ran.
     """
-    inputs = distinct_rows(example_inputs, PROOF_ROWS)
-    with _turn(net), evaluating(net):
-        walk = _walk(net, inputs, logits)
-        proofs: dict[str, str] = {}
-        closed: tuple[str, ...] = ()
-        for name, _ in net.named_modules():
-            if name not in walk.visits or name.startswith(closed):
-                continue
-            visit = walk.visits[name]
-            proofs[name] = visit.objection or _prove(net, inputs, name, walk.logits, logits)
-            if not proofs[name] and visit.own_flops <= split_over * walk.flops:
-                closed += (f"{name}.",)
-    order = [name for name in walk.visits if name in proofs]
-    return [walk.visits[name].site(why_not=proofs[name]) for name in order]
-
-
-def probe_sites(
-    net: nn.Module, example_inputs: Any, names: Iterable[str], *, logits: LogitsOf | None = None
-) -> list[Site]:
-    """``probe`` for given submodules only, in the order in which they are computed."""
-    inputs = distinct_rows(example_inputs, PROOF_ROWS)
-    sites = []
-    with _turn(net), evaluating(net):
-        walk = _walk(net, inputs, logits)
-        for name in names:
-            submodule(net, name)
-            if name not in walk.visits:
-                raise IllegalTap(f"'{name}' is not called in a forward of this network.")
-            objection = walk.visits[name].objection or _prove(net, inputs, name, walk.logits, logits)
-            sites.append(walk.visits[name].site(why_not=objection))
-        order = list(walk.visits)
-    return sorted(sites, key=lambda site: order.index(site.name))
-
-
-def modules_after(net: nn.Module, example_inputs: Any, name: str) -> tuple[str, ...]:
-    """Submodules that a forward enters only after another one is done; outermost names only.
-
-    One that is never entered stays: its parent may use its weights, as attention does those of its last layer.
-    """
-    entered: set[str] = set()
-
-    def enter(module: nn.Module, args: Any, name: str) -> None:
-        entered.add(name)
-
-    with evaluating(net), ExitStack() as hooks:
-        for other, module in net.named_modules():
-            hooks.callback(module.register_forward_pre_hook(partial(enter, name=other)).remove)
-        run_until(net, name, example_inputs)
-        # A container that holds modules but is never called itself counts by what is in it.
-        reached = {part for other in entered for part in _ancestors(other)}
-        call(net, example_inputs)
-    ran = {part for other in entered for part in _ancestors(other)}
-    missed = [other for other, _ in net.named_modules() if other in ran - reached]
-    return tuple(other for other in missed if other.rpartition(".")[0] in reached | {""})
-
-
-def _ancestors(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
-
-
-@dataclass
-class _Visit:
-    name: str
-    calls: int = 0
-    own_flops: int = 0
-    flops: int = 0
-    entered: int = 0  # modules that were entered before this one was done
-    params: int = 0
-    shape: tuple[int, ...] = ()
-    objection: str = ""
-
-    def site(self, why_not: str) -> Site:
-        return Site(self.name, self.shape, self.flops, not why_not, why_not, self.params)
-
-
-@dataclass
-class _Walk:
-    """One counted forward of the proof's four rows; ``visits`` in the order of completion."""
-
-    visits: dict[str, _Visit] = field(default_factory=dict)
-    flops: int = 0
-    logits: Tensor = field(default_factory=lambda: torch.empty(0))
-
-
-def _walk(net: nn.Module, inputs: Any, logits: LogitsOf | None) -> _Walk:
-    walk = _Walk()
-    entered: dict[str, int] = {}
-    with flop_counter() as counter, ExitStack() as hooks:
+    with taking_turns(net), ExitStack() as hooks:
         for name, module in net.named_modules():
-            if not name:
-                continue
-
-            def enter(module: nn.Module, args: Any, name: str = name) -> None:
-                entered[name] = counter.get_total_flops()
-
-            def leave(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
-                visit = walk.visits.pop(name, None) or _Visit(name)
-                visit.calls += 1
-                visit.flops = counter.get_total_flops() // PROOF_ROWS
-                visit.own_flops += visit.flops - entered[name] // PROOF_ROWS
-                visit.entered = len(entered)
-                tensor = first_tensor(output)
-                visit.shape = tuple(tensor.shape[1:]) if tensor is not None else ()
-                visit.objection = _objection(visit.calls, tensor)
-                walk.visits[name] = visit
-
-            hooks.callback(module.register_forward_pre_hook(enter).remove)
-            hooks.callback(module.register_forward_hook(leave).remove)
-        walk.logits = example_logits(net, inputs, logits)
-        walk.flops = counter.get_total_flops() // PROOF_ROWS
-    params = _params_entered(net, list(entered))
-    for visit in walk.visits.values():
-        visit.params = params[visit.entered]
-    return walk
+            if name:
+                before = partial(_tell_entry, enter, name)
+                hooks.callback(module.register_forward_pre_hook(before).remove)
+                hooks.callback(module.register_forward_hook(partial(_tell_output, leave, name)).remove)
+        yield
 
 
-def _params_entered(net: nn.Module, entered: list[str]) -> list[int]:
-    """Parameters used when none, one, two … of some modules were entered.
-
-    Those of the network itself, and of a module that is never entered, count with the nearest parent that is.
-    """
-    places = {"": 0} | {name: i + 1 for i, name in enumerate(entered)}
-    first_use: dict[nn.Parameter, int] = {}
-    for name, parameter in net.named_parameters(remove_duplicate=False):
-        parents = reversed(["", *_ancestors(name)])
-        place = next(places[parent] for parent in parents if parent in places)
-        first_use[parameter] = min(place, first_use.get(parameter, place))
-    added = [0] * len(places)
-    for parameter, place in first_use.items():
-        added[place] += parameter.numel()
-    return list(accumulate(added))
+def _tell_entry(enter: Callable[[str], None], name: str, module: nn.Module, args: Any) -> None:
+    enter(name)
 
 
-def _objection(calls: int, tensor: Tensor | None) -> str:
-    if calls > 1:
-        return f"called {calls} times in one forward"
-    if tensor is None:
-        return "gives out no tensor"
-    if tensor.ndim < 2 or len(tensor) != PROOF_ROWS:
-        return f"its output of shape {tuple(tensor.shape)} does not have the {PROOF_ROWS} samples as rows"
-    return ""
-
-
-def _prove(net: nn.Module, inputs: Any, name: str, reference: Tensor, logits: LogitsOf | None) -> str:
-    """The empty string where a site is legal, else why it is not."""
-    rows = torch.tensor(KEPT_ROWS, device=reference.device)
-    kept, all_rows = len(KEPT_ROWS), PROOF_ROWS
-    try:
-        with take_rows(net, name, rows):
-            found = find_logits(call(net, inputs), logits)
-    except Exception as error:  # whatever a later layer raises when it still wants all rows
-        return f"with {kept} of {all_rows} rows kept there, a later layer still wants {all_rows} ({first_line(error)})"
-    if len(found) != kept:
-        return f"with {kept} of {all_rows} rows kept there, {len(found)} rows of logits come out"
-    # Other rows of the batch change a sum's order, never more; the samples themselves differ by far more.
-    spread = (reference - reference.mean(0)).abs().max()
-    if (found - reference[rows]).abs().max() > 1e-2 * spread + 1e-6 * reference.abs().max():
-        return "the rows kept there come out changed: later layers mix the samples"
-    return ""
+def _tell_output(leave: Callable[[str, Any], None], name: str, module: nn.Module, args: Any, output: Any) -> None:
+    leave(name, output)
 
 
 def _batched(tensor: Tensor | None) -> Tensor:
@@ -341,7 +150,7 @@ def _hooked(hooks: Iterable[tuple[nn.Module, Any]]) -> Iterator[None]:
 
 
 @contextmanager
-def _turn(net: nn.Module) -> Iterator[None]:
+def taking_turns(net: nn.Module) -> Iterator[None]:
     """Threads that hook the same network take turns; a thread already inside goes on."""
     with _turns_guard:
         lock = _turns.setdefault(net, threading.RLock())

@@ -109,7 +109,7 @@ class Confidence:
         best, best_scores = state
         better = confidence > best
         state = (torch.where(better, confidence, best), torch.where(better[:, None], scores, best_scores))
-        return Verdict(stop, state, torch.where(stop[:, None], scores, state[1]))
+        return Verdict(stop, state, state[1])  # who stops here is surer than ever before: these are its scores
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values, with ``kind``."""
