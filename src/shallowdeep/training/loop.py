@@ -130,9 +130,12 @@ class _Run:
             optimizer = recipe.build_optimizer(_trained(self.sdn, phase))
             first = self.checkpoint.load(self.sdn, optimizer, number) if resume else 0
             stage = self._set_up(fabric, phase, optimizer)
-            for epoch in range(first, recipe.epochs):
-                self.history.append({"phase": number, **self._epoch(stage, number, epoch)})
-                self.checkpoint.save(self.sdn, optimizer, number, epoch + 1, self.history)
+            total = recipe.epochs * stage.steps
+            done = min(first, recipe.epochs) * stage.steps
+            with bar(f"train {phase.trains}", total, done=done, shown=self.progress) as line:
+                for epoch in range(first, recipe.epochs):
+                    self.history.append({"phase": number, **self._epoch(stage, number, epoch, line)})
+                    self.checkpoint.save(self.sdn, optimizer, number, epoch + 1, self.history)
 
     def _set_up(self, fabric: Fabric, phase: Phase, optimizer: torch.optim.Optimizer) -> _Stage:
         network: nn.Module = LastExit(self.sdn) if phase.trains == "backbone" else self.sdn
@@ -140,9 +143,9 @@ class _Run:
         train, val = (images.to(fabric.device) for images in (self.data.train, self.data.val))
         return _Stage(self.sdn, phase, fabric, model, wrapped, train, val, self.data.augment)
 
-    def _epoch(self, stage: _Stage, number: int, epoch: int) -> dict[str, Any]:
+    def _epoch(self, stage: _Stage, number: int, epoch: int, line: Bar) -> dict[str, Any]:
         started = time.perf_counter()
-        record = _train_epoch(stage, epoch, _epoch_seed(self.seed, number, epoch), progress=self.progress)
+        record = _train_epoch(stage, epoch, _epoch_seed(self.seed, number, epoch), line)
         record = {"trains": stage.phase.trains, **record, "seconds": time.perf_counter() - started}
         _check_weights(self.sdn, epoch)
         if self.validate_every and (epoch + 1) % self.validate_every == 0:
@@ -163,6 +166,11 @@ class _Stage:
     val: ImageSet
     augment: Augmentation
 
+    @property
+    def steps(self) -> int:
+        """Batches in an epoch."""
+        return self.train.num_batches(self.phase.recipe.batch_size, drop_last=True)
+
     def tapped(self) -> AbstractContextManager[None]:
         """The hooks, kept on around a loop, where the phase runs internal exits."""
         return nullcontext() if self.phase.trains == "backbone" else self.sdn.tapped()
@@ -180,25 +188,25 @@ class LastExit(nn.Module):
         return [self.sdn.run_backbone(x)]
 
 
-def _train_epoch(stage: _Stage, epoch: int, seed: int, *, progress: bool) -> dict[str, Any]:
-    recipe, device = stage.phase.recipe, stage.fabric.device
-    steps = stage.train.num_batches(recipe.batch_size, drop_last=True)
+def _train_epoch(stage: _Stage, epoch: int, seed: int, line: Bar) -> dict[str, Any]:
+    recipe, device, steps = stage.phase.recipe, stage.fabric.device, stage.steps
     loss_sum, right, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
     torch.manual_seed(seed)
     stage.model.train()
     batches = stage.train.batches(
         recipe.batch_size, augment=stage.augment, seed=seed, drop_last=True, channels_last=recipe.channels_last
     )
-    title = f"{stage.phase.trains} {epoch + 1}/{recipe.epochs}"
-    with stage.tapped(), bar(title, steps, shown=progress) as line:
+    with stage.tapped():
         for step, batch in enumerate(batches):
             loss, logits = _train_batch(stage, batch, (epoch + step / steps) / recipe.epochs)
             loss_sum = loss_sum + loss
             right = right + _right(logits, batch.labels)
             seen += len(batch.labels)
             line.advance()
-            if (step + 1) % REPORT_EVERY == 0:
-                _report(line, loss_sum / (step + 1), right / seen, epoch)
+            if (step + 1) % REPORT_EVERY == 0 or step + 1 == steps:
+                mean_loss = _finite(loss_sum / (step + 1), epoch)
+                shares = " ".join(f"{100 * accuracy:.0f}" for accuracy in (right / seen).tolist())
+                line.say(f"epoch {epoch + 1}/{recipe.epochs}  loss {mean_loss:.3f}  accuracy {shares}")
     return {
         "epoch": epoch + 1,
         "loss": _finite(loss_sum / steps, epoch),
@@ -225,11 +233,6 @@ def _train_batch(stage: _Stage, batch: Batch, done: float) -> tuple[Tensor, list
 def _right(logits: list[Tensor], labels: Tensor) -> Tensor:
     """How many labels each exit finds."""
     return torch.stack([(x.argmax(1) == labels).sum() for x in logits])
-
-
-def _report(line: Bar, loss: Tensor, accuracy: Tensor, epoch: int) -> None:
-    shares = " ".join(f"{100 * a:.0f}" for a in accuracy.tolist())
-    line.say(f"loss {_finite(loss, epoch):.3f}  accuracy {shares}")
 
 
 def _finite(loss: Tensor, epoch: int) -> float:
