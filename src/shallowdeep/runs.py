@@ -81,7 +81,7 @@ class Run:
                 raise ConfigError(f"{place} holds a run already. Pass --resume to go on, or name another folder.")
             if cls.open(place).config != config:
                 raise ConfigError(f"{place} holds a run with another configuration. Name another folder.")
-        elif place.exists() and any(place.iterdir()):
+        elif place.exists() and any(path.suffix != ".partial" for path in place.iterdir()):
             raise ConfigError(f"{place} is neither empty nor a run. Name another folder.")
         return cls(place, config)
 

@@ -167,7 +167,7 @@ def test_label_spaces_are_columns_of_every_exit(mlp):
     sdn = attach(mlp, X, taps=["1"], label_spaces={"fine": 3, "coarse": 2}, final_head=nn.Linear(3, 5))
     assert [tuple(logits.shape) for logits in sdn(X)] == [(4, 5), (4, 5)]
     assert sdn.num_outputs == 5
-    assert sdn.costs.head_params == (45, 0)
+    assert sdn.costs.head_params == (45, 20)
 
 
 # Inputs and outputs of other kinds
@@ -250,3 +250,30 @@ def test_head_builds_every_exit(mlp):
     sdn = attach(mlp, X, taps=["1", "3"], head=head)
     assert built == [("1", (8,), 3), ("3", (8,), 3)]
     assert [tuple(logits.shape) for logits in sdn(X)] == [(4, 3)] * 3
+
+
+def test_a_network_compiled_in_place_is_refused():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    net.compile(backend="eager")
+    with pytest.raises(NetworkError, match="attach first, then compile"):
+        attach(net, torch.zeros(2, 4), taps=["0"])
+
+
+def test_an_example_of_one_repeated_token_proves_nothing():
+    net = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 3))
+    with pytest.raises(NetworkError, match="different tokens"):
+        attach(net, torch.zeros(2, 3, dtype=torch.long), taps=["0"])
+    assert attach(net, torch.tensor([[1, 2, 3]]), taps=["0"]).taps == ("0",)
+
+
+def test_logits_that_are_not_finite_prove_nothing():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    nn.init.constant_(net[1].bias, float("nan"))
+    with pytest.raises(NetworkError, match="not finite"):
+        attach(net, torch.zeros(2, 4), taps=["0"])
+
+
+def test_exits_take_the_network_s_number_type():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).to(torch.bfloat16)
+    sdn = attach(net, torch.zeros(2, 4, dtype=torch.bfloat16), taps=["0"])
+    assert [logits.dtype for logits in sdn(torch.zeros(2, 4, dtype=torch.bfloat16))] == [torch.bfloat16] * 2

@@ -327,3 +327,16 @@ def test_what_is_printed(sdn):
     # (tap + heads so far) / 62,228 multiply-adds; each head is 64·5
     shares = "{stem: 0.116, blocks.0: 0.418, blocks.1: 0.719, last: 1.015}"
     assert f"relative cost to each exit: {shares}" in repr(sdn)
+
+
+def test_the_last_exit_alone_has_its_final_head():
+    net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    head = nn.Linear(3, 4)
+    sdn = attach(net, torch.zeros(2, 6), taps=["0"], label_spaces={"fine": 4}, final_head=head).eval()
+    x = torch.randn(3, 6)
+    assert torch.equal(sdn.truncate(1)(x), sdn(x)[-1])
+    assert sdn.costs.head_flops == (2 * 5 * 4, 2 * 3 * 4)
+    # 60 + 30 FLOPs of the backbone; its own heads cost 40 and 24 more.
+    assert sdn.costs.relative(exits=[]).tolist() == pytest.approx([60 / 90, 114 / 90])
+    assert sdn.freeze_backbone().train().final_head.training is False
+    assert not any(parameter.requires_grad for parameter in head.parameters())

@@ -488,9 +488,9 @@ def test_a_function_as_objective_can_be_resumed(build, little, tmp_path):
 
         return (Phase(objective, "all", RECIPE),)
 
-    history = train(build(), little, phases(), folder=tmp_path)
-    kept = phases()  # another function of the same name lies elsewhere in memory
-    assert train(build(), little, kept, folder=tmp_path, resume=True) == history
+    first, again = phases(), phases()  # the same function, elsewhere in memory
+    history = train(build(), little, first, folder=tmp_path)
+    assert train(build(), little, again, folder=tmp_path, resume=True) == history
 
 
 @pytest.mark.parametrize(

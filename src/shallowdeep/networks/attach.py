@@ -68,7 +68,7 @@ def attach(
     spaces = dict(label_spaces or {"labels": last.shape[1]})
     num_outputs = sum(spaces.values())
     _check_width(last, spaces, final_head)
-    exits = [head(site, num_outputs).to(last.device) for site in found]
+    exits = [head(site, num_outputs).to(last) for site in found]  # its device and number type
     placements = [
         Placement(share, site.flops / flops, site, modules_after(net, example_inputs, site.name))
         for share, site in zip(asked, found, strict=True)
@@ -77,7 +77,7 @@ def attach(
         net,
         exits,
         placements,
-        _costs(found, exits, asked, flops, params, last),
+        _costs(found, exits, asked, flops, params, last, final_head),
         label_spaces=spaces,
         final_head=final_head,
         logits=logits,
@@ -143,15 +143,17 @@ def _costs(
     asked: Sequence[float | None],
     flops: int,
     params: int,
-    like: torch.Tensor,
+    last: torch.Tensor,
+    final_head: nn.Module | None,
 ) -> Costs:
-    features = [like.new_zeros((1, *site.shape)) for site in sites]
+    features = [last.new_zeros((1, *site.shape)) for site in sites]
+    final = (0, 0) if final_head is None else (count_flops(final_head, last[:1]), count_params(final_head))
     nominal = [share for share in asked if share is not None]
     return Costs(
         backbone_flops=(*(site.flops for site in sites), flops),
-        head_flops=(*(count_flops(head, x) for head, x in zip(exits, features, strict=True)), 0),
+        head_flops=(*(count_flops(head, x) for head, x in zip(exits, features, strict=True)), final[0]),
         backbone_params=(*(site.params for site in sites), params),
-        head_params=(*(count_params(head) for head in exits), 0),
+        head_params=(*(count_params(head) for head in exits), final[1]),
         nominal=(*nominal, 1.0) if len(nominal) == len(sites) else None,
     )
 
@@ -168,7 +170,7 @@ def _check_width(last: torch.Tensor, spaces: Mapping[str, int], final_head: nn.M
 
 
 def _refuse_wrapped(net: nn.Module) -> None:
-    if hasattr(net, "_orig_mod"):
+    if hasattr(net, "_orig_mod") or net._compiled_call_impl is not None:
         raise NetworkError(
             "this network is compiled, and hooks put on now would be ignored: attach first, then compile."
         )

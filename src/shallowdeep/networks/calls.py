@@ -59,7 +59,10 @@ def example_logits(net: nn.Module, inputs: Any, logits: LogitsOf | None = None) 
             f"the network does not take the example inputs: {first_line(error)}. "
             "Pass example_inputs of the shape it is made for."
         ) from error
-    return find_logits(output, logits)
+    found = find_logits(output, logits)
+    if not found.isfinite().all():
+        raise NetworkError("the network answers the example inputs with logits that are not finite. Check its weights.")
+    return found
 
 
 def first_line(error: Exception) -> str:
@@ -105,6 +108,9 @@ def distinct_rows(inputs: Any, num_rows: int) -> Any:
 
     Numbers get noise of the example's own spread; whole numbers (tokens) are rolled along the row, which
     keeps them in their vocabulary.
+
+    Raises:
+        NetworkError: the example repeats one token, so that rolling changes nothing.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -115,7 +121,14 @@ def distinct_rows(inputs: Any, num_rows: int) -> Any:
         spread = t.std().nan_to_num().clamp_min(0.1)
         return t + spread * torch.randn(t.shape, generator=generator).to(t)
 
-    return pytree.tree_map_only(Tensor, widen, inputs)
+    widened = pytree.tree_map_only(Tensor, widen, inputs)
+    tensors = [leaf for leaf in pytree.tree_leaves(widened) if isinstance(leaf, Tensor)]
+    if all(bool((t == t[:1]).all()) for t in tensors):
+        raise NetworkError(
+            "example_inputs repeats one value, and samples that do not differ prove nothing. "
+            "Pass an example with different tokens."
+        )
+    return widened
 
 
 @contextmanager

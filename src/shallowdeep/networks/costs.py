@@ -27,9 +27,9 @@ class Costs:
 
     Attributes:
         backbone_flops: from the input up to each exit's tap.
-        head_flops: of each exit's own classifier; 0 at the last exit.
+        head_flops: of each exit's own classifier; of the final head, else 0, at the last exit.
         backbone_params: used from the input up to each exit's tap.
-        head_params: of each exit's own classifier; 0 at the last exit.
+        head_params: of each exit's own classifier; of the final head, else 0, at the last exit.
         nominal: the cost shares an exit was *asked* to sit at, the last 1.0; ``None`` where taps were
             given by name. The paper weighs losses and counts wasted computation with these.
 
@@ -75,6 +75,7 @@ class Costs:
         """
         enabled = torch.zeros(self.num_exits, dtype=torch.float64)
         enabled[list(range(self.num_exits) if exits is None else exits)] = 1
+        enabled[-1] = 1  # whoever gets there pays for a final head
         heads = torch.tensor(self.head_flops, dtype=torch.float64) * enabled
         total = torch.tensor(self.backbone_flops, dtype=torch.float64) + heads.cumsum(0)
         return total / self.backbone_flops[-1]

@@ -135,21 +135,26 @@ class ShallowDeepNetwork(nn.Module):
         return logits if self.final_head is None else self.final_head(logits)
 
     def freeze_backbone(self, frozen: bool = True) -> ShallowDeepNetwork:
-        """Freeze the backbone for good measure: no gradients, and evaluation mode even under ``train()``.
+        """Freeze the backbone and its final head: no gradients, and evaluation mode even under ``train()``.
 
-        Without the second, batch-norm statistics move and dropout acts although no weight has a
-        gradient, which changes the network one meant to keep.
+        Without evaluation mode, batch-norm statistics move and dropout acts although no weight has a gradient,
+        which changes the network one meant to keep. Unfreezing gives every weight of them its gradient back.
         """
         self.frozen = frozen
-        self.backbone.requires_grad_(not frozen)
+        for part in self._backbone_parts():
+            part.requires_grad_(not frozen)
         return self.train(self.training)
 
     def train(self, mode: bool = True) -> ShallowDeepNetwork:
         """Set training mode, of the exits alone where the backbone is frozen."""
         super().train(mode)
         if self.frozen:
-            self.backbone.eval()
+            for part in self._backbone_parts():
+                part.eval()
         return self
+
+    def _backbone_parts(self) -> list[nn.Module]:
+        return [self.backbone] if self.final_head is None else [self.backbone, self.final_head]
 
     def plain(self) -> nn.Module:
         """The backbone alone, a copy that shares nothing with this network."""
@@ -159,7 +164,7 @@ class ShallowDeepNetwork(nn.Module):
         """The network that ends at one exit, a copy without the modules that come after it.
 
         Args:
-            exit: index of an exit; the last gives ``plain()``.
+            exit: index of an exit; the last gives ``plain()``, followed by the final head where there is one.
 
         Returns:
             A module from the backbone's inputs to that exit's logits ``(n, outputs)``.
@@ -167,7 +172,9 @@ class ShallowDeepNetwork(nn.Module):
         if not 0 <= exit < self.num_exits:
             raise NetworkError(f"no exit {exit}: this network has exits 0 to {self.num_exits - 1}.")
         if exit == self.num_exits - 1:
-            return self.plain()
+            if self.final_head is None:
+                return self.plain()
+            return FinalHeadNetwork(self.plain(), copy.deepcopy(self.final_head), self._logits_of)
         head, unreached = copy.deepcopy(self.exits[exit]), self.placements[exit].unreached
         return TruncatedNetwork(self.plain(), self.taps[exit], head, unreached)
 
@@ -251,6 +258,20 @@ class ShallowDeepNetwork(nn.Module):
         """Taps and what each exit costs, shown when the network is printed."""
         shares = ", ".join(f"{tap}: {cost:.3f}" for tap, cost in zip(self.taps, self.costs.relative(), strict=False))
         return f"relative cost to each exit: {{{shares}, last: {self.costs.relative()[-1]:.3f}}}"
+
+
+class FinalHeadNetwork(nn.Module):
+    """A backbone followed by a final head: inputs to the last exit's logits ``(n, outputs)``."""
+
+    def __init__(self, backbone: nn.Module, final_head: nn.Module, logits: LogitsOf | None):
+        super().__init__()
+        self.backbone = backbone
+        self.final_head = final_head
+        self._logits_of = logits
+
+    def forward(self, x: Any) -> Tensor:
+        """Logits of the last exit."""
+        return self.final_head(find_logits(call(self.backbone, x), self._logits_of))
 
 
 class TruncatedNetwork(nn.Module):
