@@ -1,6 +1,6 @@
 """The exact sweep of all confidence thresholds, beside the naive way: one replay per threshold, over 1,000 of them.
 
-10,000 samples x 7 exits x 100 classes, on the CPU; every timing starts from a fresh Trace, softmax included.
+10,000 samples x 7 exits x 100 classes, on one thread; every timing starts from a fresh Trace, softmax included.
 The two ways take turns in one process, so that their ratio holds on a busy machine too. A round replays 20
 of the 1,000 thresholds and counts 50 times their time: every replay does the same work::
 
@@ -49,6 +49,7 @@ def naive(trace: Trace) -> Curve:
 
 
 def main() -> None:
+    torch.set_num_threads(1)
     trace = make_trace()
     timed(sweep_confidence, trace)  # warm up
     exact_s, naive_s = [], []

@@ -111,7 +111,6 @@ def test_no_policy_beats_the_oracle(trace, threshold):
     assert replay(trace, Confidence(threshold)).accuracy <= oracle(trace).accuracy
 
 
-@pytest.mark.xfail(reason="Trace.predictions compares logits, decisions compare their float32 probabilities")
 def test_classes_equally_likely_in_float32_are_answered_alike_everywhere():
     logits = torch.tensor([[0.0, 2e-8]])  # both probabilities round to one half
     trace = replace(TRACE.select(torch.tensor([0])), logits=(logits,) * 3, labels=torch.tensor([1]))

@@ -30,7 +30,7 @@ def spawn(*command):
 
 
 def finish(process):
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors.decode()
 
 
@@ -130,7 +130,7 @@ def test_killed_while_it_saves(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     moments = [(whole, "never"), (broken, "write"), (broken, "rename"), (broken, "never")]
     process = spawn("-W", "error", "-c", SCRIPT, *(word for moment in moments for word in moment))
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=300)
     lines = output.decode().split("\n")
     assert [line.split(" ")[0] for line in lines] == ["0", "-9", "-9", "0", ""], errors.decode()
     # one half-written file each time, swept away by the process after

@@ -108,8 +108,8 @@ class Trace:
 
     @cached_property
     def predictions(self) -> Int[Tensor, "n exits"]:
-        """Each exit's most likely class."""
-        return torch.stack([logits.argmax(-1) for logits in self.logits], dim=1)
+        """Each exit's most likely class: of its probabilities, which are what a policy answers with."""
+        return torch.stack([logits.softmax(-1).argmax(-1) for logits in self.logits], dim=1)
 
     @cached_property
     def confidences(self) -> Float[Tensor, "n exits"]:
