@@ -4,7 +4,7 @@ Both train the same network with the same optimiser, batch size and precision on
 the other in every round; the bare loop has its batches normalised and laid out beforehand. The parts of the
 overhead are timed apart: making batches (shuffle, crop, flip, normalise), counting hits, clipping::
 
-    python benchmarks/loop_overhead.py --data cifar10 --data-dir ../shared/data --rounds 5
+    python benchmarks/loop_overhead.py --data cifar10 --data-dir $SHALLOWDEEP_DATA --rounds 5
 
 Prints JSON on standard output. Ratios are of medians over the rounds, with the smallest and the largest of the
 rounds' own ratios. On a machine that others use, read the ratio of processor seconds, which counts a call of

@@ -4,12 +4,15 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from shallowdeep.cli import app, main
+from shallowdeep.runs import Run
 from shallowdeep.traces.trace import Trace
 
 
@@ -169,6 +172,13 @@ def bad_inputs(runs, tmp_path):
         (["calibrate", runs / "ic"], "either max_cost or max_accuracy_drop"),
         (["calibrate", runs / "ic", "--max-cost", 0.01], "no confidence threshold has a cost of at most 0.01"),
         (["calibrate", runs / "ic", "--max-cost", 1, "--rule", "luck"], "no rule 'luck'"),
+        (["calibrate", runs / "ic", "--max-cost", 1, "--reference", "luck"], "no reference 'luck'"),
+        (["calibrate", runs / "ic", "--max-cost", 1, "--reference", "original"], "goes with max_accuracy_drop"),
+        (["fit", "--device", "gpuu", "--out", out], "device 'gpuu' cannot be used here"),
+        (["fit", "--set", "recipe.batch_size=5000", "--out", out], "more than the 1257 images"),
+        (["fit", "--seed", 10**20, "--out", out], "seed = "),
+        (["fit", "--set", "image_size=64", "--out", out], "image_size=64"),
+        (["replay", runs / "ic", "--split", "foo"], "no split 'foo'"),
         (["replay", runs / "plain"], "has no policy. Choose one"),
         (["probe", "resnet20", *(w for i in range(1, 60) for w in ("--shares", i / 60))], "legal sites"),
     ]  # fmt: skip
@@ -194,7 +204,7 @@ def test_typed_options_are_checked(shell):
 
 def test_a_full_disk_is_one_line(runs, shell, monkeypatch):
     def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     before = (runs / "ic" / "traces" / "test.safetensors").read_bytes()
     monkeypatch.setattr("shallowdeep.storage.save_file", full)
@@ -212,6 +222,34 @@ def test_finished_run_resumes_at_once(runs, shell):
     assert code == 0
     assert "Trained" in out
     assert (runs / "plain" / "sdn.safetensors").stat().st_mtime_ns == before
+
+
+def test_resume_needs_no_other_option(runs, shell):
+    code, out, _ = shell("fit", "--out", runs / "ic", "--resume")
+    assert code == 0
+    assert "Trained" in out
+
+
+def test_an_archived_run_is_a_run(runs, tmp_path):
+    run = Run.open(runs / "ic")
+    run.archive(tmp_path / "kept")
+    copy = Run.open(tmp_path / "kept")
+    assert copy.config == run.config
+    assert copy.trace("test").logits[0].sub(run.trace("test").logits[0]).abs().max() < 0.01  # half precision
+    assert set(copy.analyze()) == {"overthinking", "confusion", "budgets"}
+    size = sum(path.stat().st_size for path in (tmp_path / "kept").rglob("*"))
+    assert size < 0.6 * sum(
+        path.stat().st_size for path in runs.joinpath("ic").rglob("*") if path.name != "checkpoint.pt"
+    )
+
+
+def test_a_network_without_errors_is_analysed_all_the_same(runs, tmp_path):
+    run = Run.open(runs / "ic")
+    run.archive(tmp_path / "kept")
+    copy, test = Run.open(tmp_path / "kept"), run.trace("test")
+    replace(test, labels=test.predictions[:, -1]).save(tmp_path / "kept" / "traces" / "test.safetensors")
+    with pytest.warns(UserWarning, match="confusion is not measured: .*all right"):
+        assert set(copy.analyze()) == {"overthinking", "budgets"}
 
 
 def test_python_m(tmp_path):

@@ -33,7 +33,7 @@ def test_three_sentences_say_what_the_files_say(short_demo):
     runs, lines, _ = short_demo
     sentences = lines[-3:]
     wasteful = json.loads((runs["ic_only"].folder / "results" / "overthinking.json").read_text())["wasteful"]
-    assert f"{100 * wasteful:.1f} % of them were right at an exit before that" in sentences[0]
+    assert f"{100 * wasteful:.1f} % were right at an exit before that" in sentences[0]
     assert "destructive overthinking" in sentences[1]
     assert "trained jointly" in sentences[2]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,7 +31,7 @@ def demo(
     from shallowdeep.demo import run_demo
 
     run_demo(out, say=typer.echo, resume=resume)
-    typer.echo(f"\nRun folder: {out}\nLook closer: shallowdeep analyze {out / 'ic_only'}")
+    typer.echo(f"\nRun folders: {out}/plain, ic_only, joint\nLook closer: shallowdeep analyze {out / 'ic_only'}")
 
 
 @app.command()
@@ -98,7 +99,10 @@ def fit(
         "recipe.epochs": epochs, "seed": seed, "threads": threads, "init": init, "device": device,
     }  # fmt: skip
     changes = {key: value for key, value in named.items() if value is not None} | _assignments(set_ or [])
-    run = Run.create(out, load_config(config, changes), resume=resume)
+    if resume and config is None and not changes:
+        run = Run.open(out)
+    else:
+        run = Run.create(out, load_config(config, changes), resume=resume)
     sdn = run.fit(resume=resume)
     if sdn.exits:
         _show("Exits", _placements(sdn))
@@ -206,7 +210,9 @@ def _assignments(texts: Sequence[str]) -> dict[str, str]:
 def main() -> None:
     """Entry point: what the user can mend is one line and exit code 2."""
     try:
-        app(prog_name="shallowdeep")
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *rest, **more: typer.echo(f"warning: {message}", err=True)
+            app(prog_name="shallowdeep")
     except (ShallowDeepError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)

@@ -24,11 +24,18 @@ class RecipeChoice(BaseModel):
     name: str = "fast"
     epochs: int | None = Field(default=None, gt=0, description="of each phase")
     batch_size: int | None = Field(default=None, gt=1)
+    optimizer: Literal["sgd", "adam", "adamw"] | None = None
     lr: float | None = Field(default=None, gt=0)
+    momentum: float | None = Field(default=None, ge=0, lt=1)
+    nesterov: bool | None = None
     weight_decay: float | None = Field(default=None, ge=0)
+    schedule: Literal["constant", "milestones", "one_cycle"] | None = None
+    milestones: tuple[float, ...] | None = None
+    warmup: float | None = Field(default=None, gt=0, lt=1)
     clip_norm: float | None = Field(default=None, gt=0)
     label_smoothing: float | None = Field(default=None, ge=0, lt=1)
     precision: Literal["auto", "fp32", "bf16"] | None = None
+    channels_last: bool | None = None
 
     def build(self, trains: Trains, network: str) -> Recipe:
         """The recipe for what a phase trains."""
@@ -50,8 +57,8 @@ class RunConfig(BaseModel):
     taps: tuple[str, ...] | None = None
     strategy: str = "joint"
     recipe: RecipeChoice = RecipeChoice()
-    seed: int = Field(default=0, ge=0)
-    threads: int | None = Field(default=None, gt=0, description="a CPU's sums depend on their number")
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    threads: int | None = Field(default=None, gt=0, le=1024, description="a CPU's sums depend on their number")
     init: str | None = Field(
         default=None, description="a run, or its sdn.safetensors, whose backbone weights to start from"
     )
@@ -65,7 +72,7 @@ def load_config(file: str | os.PathLike[str] | None = None, changes: Mapping[str
     Args:
         file: a TOML file whose keys are RunConfig's; ``None``: start from the defaults.
         changes: dotted key to value, e.g. ``{"recipe.lr": 0.05}``; they win over the file. Text is read
-            as the field's type.
+            as TOML where it is TOML, and as the field's type.
 
     Raises:
         ConfigError: the file is missing or no TOML, a key is unknown (the nearest ones are named), or a
@@ -82,11 +89,18 @@ def load_config(file: str | os.PathLike[str] | None = None, changes: Mapping[str
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
                 raise ConfigError(f"unknown key '{key}': '{parent}' is no group of options.")
-        place[leaf] = value
+        place[leaf] = _parse(value) if isinstance(value, str) else value
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(explain(error)) from None
+
+
+def _parse(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

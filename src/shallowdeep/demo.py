@@ -50,8 +50,8 @@ def findings(runs: dict[str, Run]) -> list[str]:
     budgets = {s: measure_budgets(runs[s].trace("val"), tests[s], budgets=(0.5,)) for s in ("ic_only", "joint")}
     return [
         f"The plain network gets {plain:.1f} % of {ic_only.n} test digits right at the end, but "
-        f"{100 * ic_only.wasteful:.1f} % of them were right at an exit before that, at "
-        f"{100 * ic_only.oracle_cost:.0f} % of the cost.",
+        f"{100 * ic_only.wasteful:.1f} % were right at an exit before that: an oracle that leaves there in time would "
+        f"spend {100 * ic_only.oracle_cost:.0f} % of the cost.",
         f"{100 * ic_only.destructive_of_errors:.0f} % of its errors are destructive overthinking: an earlier exit was "
         "right.",
         f"Leaving early at no more than half the cost, it keeps {_within(budgets['ic_only'])}; trained jointly with "

@@ -10,8 +10,12 @@ from __future__ import annotations
 import os
 import platform
 import shlex
+import shutil
+import subprocess
 import sys
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -24,9 +28,9 @@ from shallowdeep.analysis.budgets import measure_budgets
 from shallowdeep.analysis.confusion import measure_confusion
 from shallowdeep.analysis.overthinking import measure_overthinking
 from shallowdeep.config import RunConfig, explain
-from shallowdeep.data.images import Splits
+from shallowdeep.data.images import SPLITS, Splits
 from shallowdeep.data.sources import load_data
-from shallowdeep.errors import ConfigError, FileFormatError
+from shallowdeep.errors import ConfigError, FileFormatError, TraceError, UnknownName
 from shallowdeep.networks.attach import attach
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.networks.zoo import load_network
@@ -79,8 +83,13 @@ class Run:
         if (place / "config.json").exists():
             if not resume:
                 raise ConfigError(f"{place} holds a run already. Pass --resume to go on, or name another folder.")
-            if cls.open(place).config != config:
-                raise ConfigError(f"{place} holds a run with another configuration. Name another folder.")
+            found, asked = cls.open(place).config.model_dump(), config.model_dump()
+            others = [key for key in found if found[key] != asked[key]]
+            if others:
+                raise ConfigError(
+                    f"{place} holds a run with another configuration ({', '.join(others)}). Name another folder, "
+                    "or go on with that run by --resume without other options."
+                )
         elif place.exists() and any(path.suffix != ".partial" for path in place.iterdir()):
             raise ConfigError(f"{place} is neither empty nor a run. Name another folder.")
         return cls(place, config)
@@ -100,6 +109,11 @@ class Run:
         config = self.config
         if config.strategy == "ic_only" and config.init is None:
             raise ConfigError("ic_only trains the exits of a trained backbone. Give one: --init RUN")
+        side = data.example_inputs.shape[-1]
+        if config.image_size != side:
+            raise ConfigError(
+                f"the images have {side} pixels a side, the network is built for image_size={config.image_size}."
+            )
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             net = load_network(config.network, num_classes=data.num_classes, image_size=config.image_size)
@@ -114,30 +128,48 @@ class Run:
         if resume and self.weights.exists():
             return self.load()
         config = self.config
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
         data = self.load_data()
         sdn = self.build(data)
         strategy = named_strategy(config.strategy, sdn, lambda trains: config.recipe.build(trains, config.network))
-        write_json(self.folder / "config.json", config.model_dump(mode="json"))
-        write_json(self.folder / "environment.json", describe_environment())
-        fit(
-            sdn,
-            data,
-            strategy=strategy,
-            seed=config.seed,
-            device=config.device,
-            folder=self.folder,
-            resume=resume,
-            validate_every=config.validate_every,
-            progress=progress,
-        )
+        with self._begun(data), _threads(config.threads):
+            fit(
+                sdn,
+                data,
+                strategy=strategy,
+                seed=config.seed,
+                device=config.device,
+                folder=self.folder,
+                resume=resume,
+                validate_every=config.validate_every,
+                progress=progress,
+            )
         sdn.save(self.weights)
         return sdn
 
+    @contextmanager
+    def _begun(self, data: Splits) -> Iterator[None]:
+        """Write what the run is; where not even one epoch comes of it, leave no trace of it."""
+        notes = self.folder / "config.json", self.folder / "environment.json"
+        write_json(notes[0], self.config.model_dump(mode="json"))
+        with _threads(self.config.threads):
+            environment = describe_environment(data, self.config.device)
+        if notes[1].exists():
+            before = read_json(notes[1])
+            environment["earlier"] = [*before.pop("earlier", []), before]
+        write_json(notes[1], environment)
+        try:
+            yield
+        except Exception:
+            if not (self.folder / "checkpoint.pt").exists():
+                for note in notes:
+                    note.unlink()
+                if not any(self.folder.iterdir()):
+                    self.folder.rmdir()
+            raise
+
     def load(self) -> ShallowDeepNetwork:
-        """The trained network."""
-        return ShallowDeepNetwork.load(self.weights)
+        """The trained network, in evaluation mode."""
+        return ShallowDeepNetwork.load(self.weights).eval()
 
     def record(self, splits: Iterable[str] = ("train", "val", "test"), *, progress: bool = True) -> dict[str, Trace]:
         """Record splits into ``traces/``; of the training split, 10,000 images at most."""
@@ -149,7 +181,8 @@ class Run:
             images = getattr(data, split)
             if split == "train" and len(images) > TRAIN_TRACE_SIZE:
                 images = images.sample(TRAIN_TRACE_SIZE)
-            traces[split] = record(sdn, images, strategy=self.config.strategy, progress=progress)
+            with _threads(self.config.threads):
+                traces[split] = record(sdn, images, strategy=self.config.strategy, progress=progress)
             traces[split].save(self.folder / "traces" / f"{split}.safetensors")
         return traces
 
@@ -157,8 +190,11 @@ class Run:
         """A recorded split.
 
         Raises:
+            UnknownName: there is no such split.
             FileFormatError: it is not recorded yet, or damaged.
         """
+        if split not in SPLITS:
+            raise UnknownName("split", split, SPLITS)
         path = self.folder / "traces" / f"{split}.safetensors"
         if not path.exists():
             command = f"shallowdeep record {self.folder}"
@@ -170,8 +206,11 @@ class Run:
         test = self.trace("test")
         found: dict[str, Result] = {"overthinking": measure_overthinking(test)}
         if test.num_exits > 1:
-            found["confusion"] = measure_confusion(test, self.trace("train"))
             found["budgets"] = measure_budgets(self.trace("val"), test)
+            try:
+                found["confusion"] = measure_confusion(test, self.trace("train"))
+            except TraceError as error:  # a network without errors is no reason to lose the rest
+                warnings.warn(f"confusion is not measured: {error}", stacklevel=2)
         for name, result in found.items():
             self.write_result(name, result)
         return found
@@ -208,7 +247,9 @@ class Run:
     def replay(self, split: str = "test") -> Decisions:
         """What the run's policy does on a recorded split, also written to ``results/``."""
         decisions = replay(self.trace(split), self.policy())
-        self.write_result("replay", decisions, split=split, policy=self.policy().to_dict())
+        self.write_result(
+            "replay" if split == "test" else f"replay_{split}", decisions, split=split, policy=self.policy().to_dict()
+        )
         return decisions
 
     def archive(self, folder: str | os.PathLike[str]) -> None:
@@ -219,12 +260,17 @@ class Run:
 
         Args:
             folder: fresh; the copy can be opened as a run.
+
+        Raises:
+            ConfigError: the folder is not fresh.
+            FileFormatError: the run is not trained and recorded.
         """
         place = Path(folder)
         Run.create(place, self.config)
-        self.load().save(place / self.weights.name, dtype=torch.float16)
-        for split in ("val", "test"):
-            self.trace(split).save(place / "traces" / f"{split}.safetensors", dtype=torch.float16)
+        sdn, traces = self.load(), {split: self.trace(split) for split in SPLITS}
+        sdn.save(place / self.weights.name, dtype=torch.float16)
+        for split, trace in traces.items():
+            trace.save(place / "traces" / f"{split}.safetensors", dtype=torch.float16)
         texts = ["config.json", "environment.json", "history.jsonl", "policy.json"]
         texts += [f"results/{path.name}" for path in sorted((self.folder / "results").glob("*.json"))]
         for name in texts:
@@ -262,18 +308,41 @@ def _load_backbone(sdn: ShallowDeepNetwork, path: Path) -> None:
         raise FileFormatError(f"the backbone in {path} is another network: {str(error).splitlines()[0]}") from None
 
 
-def describe_environment() -> dict[str, Any]:
-    """Hardware, versions and command: what a figure's reader needs to know."""
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """So many threads on the CPU; afterwards as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def describe_environment(data: Splits, device: str) -> dict[str, Any]:
+    """Hardware, versions, data and command: what a figure's reader needs to know."""
     return {
-        "command": shlex.join(["shallowdeep", *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "revision": _revision(),
+        "data_md5": {split: getattr(data, split).md5() for split in SPLITS},
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("shallowdeep", "torch", "numpy", "lightning-fabric")},
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "accelerator": torch.cuda.get_device_name() if device != "cpu" and torch.cuda.is_available() else None,
     }
+
+
+def _revision() -> str | None:
+    """The commit of the checkout this package runs from, if it does."""
+    git, root = shutil.which("git"), Path(__file__).parents[2]
+    if git is None or not (root / ".git").exists():
+        return None
+    command = [git, "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
 
 
 def _processor() -> str:

@@ -64,7 +64,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileFormatError(f"no file {path}") from None
+        raise FileFormatError(f"no file {path}. Name the path of one that is there.") from None
     except (ValueError, OSError) as error:
         raise FileFormatError(f"cannot read {path} as JSON: {error}") from None
 
@@ -85,7 +85,10 @@ def save_tensors(
     }
     metadata = {"shallowdeep": json.dumps({"kind": kind, "format": FORMAT, "info": dict(info)})}
     with replacing(path) as partial:
-        save_file(flat, partial, metadata=metadata)
+        try:
+            save_file(flat, partial, metadata=metadata)
+        except SafetensorError as error:  # how it reports a full disk
+            raise OSError(f"cannot write {path}: {error}") from error
 
 
 def load_tensors(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -103,7 +106,7 @@ def load_tensors(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, 
             _check_header(header, path, kind)
             return {name: file.get_tensor(name) for name in file.keys()}, header["info"]  # noqa: SIM118
     except FileNotFoundError:
-        raise FileFormatError(f"no file {path}") from None
+        raise FileFormatError(f"no file {path}. Name the path of one that is there.") from None
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise FileFormatError(f"{path} is truncated or no safetensors file ({error}). Write it anew.") from None
 

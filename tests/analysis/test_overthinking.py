@@ -85,8 +85,8 @@ def test_to_dict_is_json():
 
 def test_str():
     assert str(FOUND) == (
-        "Of 4 samples, 75.0 % are right before the last exit (50.0 % stay right): leaving there would cost "
-        "75.0 % of the plain network.\n"
+        "Of 4 samples, 75.0 % are right before the last exit (50.0 % stay right). An oracle that leaves at the first "
+        "right exit, else at the end, would spend 75.0 % of the plain network's cost.\n"
         "25.0 % are right before and wrong at the end, 50.0 % of all errors; accuracy 50.00 % at the end, "
         "75.00 % where some exit knows."
     )

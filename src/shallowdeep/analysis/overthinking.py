@@ -58,8 +58,8 @@ class Overthinking:
     def __str__(self) -> str:
         return (
             f"Of {self.n} samples, {100 * self.wasteful:.1f} % are right before the last exit "
-            f"({100 * self.wasteful_and_right:.1f} % stay right): leaving there would cost "
-            f"{100 * self.oracle_cost:.1f} % of the plain network.\n"
+            f"({100 * self.wasteful_and_right:.1f} % stay right). An oracle that leaves at the first right exit, else "
+            f"at the end, would spend {100 * self.oracle_cost:.1f} % of the plain network's cost.\n"
             f"{100 * self.destructive:.1f} % are right before and wrong at the end, "
             f"{100 * self.destructive_of_errors:.1f} % of all errors; "
             f"accuracy {100 * self.accuracy[-1]:.2f} % at the end, "

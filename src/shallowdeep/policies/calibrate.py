@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from shallowdeep.errors import CalibrationError, ConfigError, UnknownName
 from shallowdeep.policies.replay import Curve, sweep, sweep_confidence
 from shallowdeep.policies.rules import ExitPolicy, Patience
 from shallowdeep.traces.trace import Trace
 
 FAMILIES = ("confidence", "patience")
+REFERENCES = ("last", "original")
 
 
 def calibrate(
@@ -17,7 +16,7 @@ def calibrate(
     *,
     max_cost: float | None = None,
     max_accuracy_drop: float | None = None,
-    reference: Literal["last", "original"] = "last",
+    reference: str = "last",
     original: Trace | None = None,
     rule: str = "confidence",
     exits: tuple[int, ...] | None = None,
@@ -41,7 +40,12 @@ def calibrate(
         answer: as for ``Confidence``.
         allow_test: choose on a test split all the same; its accuracy is then no fair figure.
 
+    Returns:
+        The policy.
+
     Raises:
+        UnknownName: there is no such rule or reference.
+        TraceError: the Trace has no labels.
         CalibrationError: the demand cannot be met, or the split is the test split.
         ConfigError: both demands or none are given, or a setting that the rule or reference has no use for.
 
@@ -49,6 +53,10 @@ def calibrate(
     """
     if (max_cost is None) == (max_accuracy_drop is None):
         raise ConfigError(f"give either max_cost or max_accuracy_drop, got {max_cost} and {max_accuracy_drop}.")
+    if reference not in REFERENCES:
+        raise UnknownName("reference", reference, REFERENCES)
+    if max_cost is not None and reference != "last":
+        raise ConfigError(f"reference={reference!r} goes with max_accuracy_drop, not with max_cost.")
     if original is not None and reference != "original":
         raise ConfigError(
             f"an original network is given, but the drop is measured from {reference!r}: pass reference='original'."
@@ -96,8 +104,6 @@ def reference_accuracy(trace: Trace, reference: str, original: Trace | None) -> 
     """Accuracy that a drop is measured from; see ``calibrate``."""
     if reference == "last":
         return trace.correct[:, -1].double().mean().item()
-    if reference != "original":
-        raise UnknownName("reference", reference, ("last", "original"))
     if original is None and trace.info.strategy != "ic_only":
         raise CalibrationError(
             "the original network's accuracy is not in this Trace: pass original=, its Trace of the same samples."

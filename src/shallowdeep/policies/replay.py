@@ -115,7 +115,7 @@ def replay(trace: Trace, policy: ExitPolicy) -> Decisions:
 
 
 def oracle(trace: Trace) -> Decisions:
-    """The best any policy could do: leave at the first exit that is right, or at the end.
+    """As accurate as any policy can be: leave at the first exit that is right, or at the end.
 
     Raises:
         TraceError: the Trace has no labels, or its exits differ in width.
@@ -180,6 +180,12 @@ def sweep(trace: Trace, family: Callable[[float], ExitPolicy], thresholds: Itera
         trace: with labels.
         family: threshold to policy, e.g. ``Patience``.
         thresholds: to try, any order.
+
+    Returns:
+        One entry per threshold, rising.
+
+    Raises:
+        TraceError: the Trace has no labels.
     """
     tried = sorted(thresholds)
     decisions = [replay(trace, family(threshold)) for threshold in tried]

@@ -155,7 +155,7 @@ class Patience:
 RULES: dict[str, type] = {rule.kind: rule for rule in (Confidence, Patience)}
 
 
-def policy_from_dict(values: Mapping[str, Any]) -> ExitPolicy:
+def policy_from_dict(values: Any) -> ExitPolicy:
     """Read back what a policy's ``to_dict`` gave.
 
     Raises:
@@ -165,10 +165,12 @@ def policy_from_dict(values: Mapping[str, Any]) -> ExitPolicy:
     >>> policy_from_dict({"kind": "confidence", "threshold": 0.9, "exits": [0, 2]})
     Confidence(threshold=0.9, exits=(0, 2), answer='last')
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"a policy is written as keys and values, got {values!r}.")
     settings = dict(values)
-    kind = settings.pop("kind", None)
+    kind = str(settings.pop("kind", None))
     if kind not in RULES:
-        raise UnknownName("policy", str(kind), RULES)
+        raise UnknownName("policy", kind, RULES)
     try:
         if settings.get("exits") is not None:
             settings["exits"] = tuple(settings["exits"])

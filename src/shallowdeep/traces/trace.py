@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -109,12 +109,19 @@ class Trace:
     @cached_property
     def predictions(self) -> Int[Tensor, "n exits"]:
         """Each exit's most likely class: of its probabilities, which are what a policy answers with."""
-        return torch.stack([logits.softmax(-1).argmax(-1) for logits in self.logits], dim=1)
+        return torch.stack([p.argmax(-1) for p in self._probabilities()], dim=1)
 
     @cached_property
     def confidences(self) -> Float[Tensor, "n exits"]:
         """Each exit's largest softmax probability."""
-        return torch.stack([logits.softmax(-1).amax(-1) for logits in self.logits], dim=1)
+        return torch.stack([p.amax(-1) for p in self._probabilities()], dim=1)
+
+    def _probabilities(self) -> Iterator[Tensor]:
+        if len(self.info.label_spaces) > 1:
+            raise TraceError(
+                f"the columns hold several label sets ({', '.join(self.info.label_spaces)}); an answer is in one."
+            )
+        return (logits.softmax(-1) for logits in self.logits)
 
     @cached_property
     def correct(self) -> Bool[Tensor, "n exits"]:

@@ -29,7 +29,7 @@ class Checkpoint:
     def sweep(self) -> None:
         """Remove what a killed process left half-written."""
         if self.folder is not None:
-            for partial in self.folder.glob(".*.partial"):
+            for partial in self.folder.rglob(".*.partial"):
                 partial.unlink(missing_ok=True)
 
     def save(
@@ -54,7 +54,10 @@ class Checkpoint:
         # The history first: killed between the two, the epoch is done again and both agree in the end.
         write_text(self.folder / "history.jsonl", "".join(json.dumps(record) + "\n" for record in history))
         with replacing(self.folder / "checkpoint.pt") as partial:
-            torch.save(state, partial)
+            try:
+                torch.save(state, partial)
+            except RuntimeError as error:  # how it reports a full disk
+                raise OSError(f"cannot write {self.folder / 'checkpoint.pt'}: {error}") from error
 
     def load(self, sdn: nn.Module, optimizer: optim.Optimizer, phase: int) -> int:
         """Bring a phase to where it was left.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from shallowdeep.data.images import Augmentation, Batch, ImageSet, Splits
 from shallowdeep.errors import ConfigError, NetworkError, TrainingDiverged
+from shallowdeep.networks.calls import first_line
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.progress import Bar, bar
 from shallowdeep.training.checkpoint import Checkpoint
@@ -51,7 +52,8 @@ def fit(
             before is so again.
         data: its training split is shuffled and augmented; its validation split is only looked at.
         strategy: a name (``plain``, ``ic_only``, ``joint``, ``mixed``) or a tuple of phases.
-        recipe: a name (``paper``, ``fast``), a recipe, or a function from what a phase trains to one.
+        recipe: of a strategy by name: a name (``paper``, ``fast``), a recipe, or a function from what a phase
+            trains to one. A tuple of phases brings its own.
         epochs: length of each phase, instead of the recipe's own.
         seed: of everything random in training; initial weights are the caller's.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or another accelerator that Fabric knows.
@@ -68,7 +70,7 @@ def fit(
     Raises:
         TrainingDiverged: the loss or a weight is no longer a number; the last good checkpoint is kept.
         ConfigError: a batch is more than the training split, or a phase has nothing to train.
-        NetworkError: the network has fewer outputs than the data has classes.
+        NetworkError: the network has fewer outputs than the data has classes, or several label sets.
         FileFormatError: the checkpoint is damaged, or of another run.
     """
     phases = (
@@ -93,6 +95,11 @@ def _check(sdn: ShallowDeepNetwork, data: Splits, phases: Strategy) -> None:
         raise NetworkError(
             f"the network has {sdn.num_outputs} outputs, the data {data.num_classes} classes. "
             f"Build it with num_classes={data.num_classes}."
+        )
+    if len(sdn.label_spaces) > 1:
+        raise NetworkError(
+            f"this network answers in the label sets {', '.join(sdn.label_spaces)}; fit trains and counts one. "
+            "Train it in a loop of your own."
         )
     for phase in phases:
         if phase.recipe.batch_size > len(data.train):
@@ -122,7 +129,7 @@ class _Run:
 
     def train_phase(self, number: int, phase: Phase, *, resume: bool) -> None:
         recipe = phase.recipe
-        fabric = Fabric(accelerator=self.device, devices=1, precision=_precision(recipe, self.device))
+        fabric = _fabric(recipe, self.device)
         self.sdn.to(device=fabric.device)
         if recipe.channels_last:
             self.sdn.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -293,6 +300,16 @@ def _trained(sdn: ShallowDeepNetwork, phase: Phase) -> list[nn.Parameter]:
     if not found:
         raise ConfigError(f"a phase trains '{phase.trains}', and the network has no such weights to train.")
     return found
+
+
+def _fabric(recipe: Recipe, device: str) -> Fabric:
+    try:
+        return Fabric(accelerator=device, devices=1, precision=_precision(recipe, device))
+    except Exception as error:  # ValueError, RuntimeError or Fabric's own, as the accelerator has it
+        raise ConfigError(
+            f"device '{device}' cannot be used here: {first_line(error)}. "
+            "Take 'auto', 'cpu', or 'cuda' where there is one."
+        ) from None
 
 
 def _precision(recipe: Recipe, device: str) -> Any:
