@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("shallowdeep", deadline=None)  # a busy machine's pauses are no failures
+settings.load_profile("shallowdeep")
 
 
 @pytest.fixture(scope="session")

@@ -14,15 +14,11 @@ from typing import NamedTuple
 
 import jaxtyping
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from shallowdeep.networks.costs import Costs
 from shallowdeep.traces.trace import Trace, TraceInfo
-
-settings.register_profile("shallowdeep", deadline=None)  # a busy machine's pauses are no failures
-settings.load_profile("shallowdeep")
 
 Rule = Callable[[Sequence[Tensor]], tuple[int, list[float]]]
 

@@ -284,7 +284,7 @@ def test_foreign_file(tiny_net, tmp_path, metadata, message):
 
 def test_other_foreign_files(tiny_net, tmp_path):
     path = tmp_path / "net"
-    assert refusal(path) == f"no file {path}"
+    assert refusal(path) == f"no file {path}. Name the path of one that is there."
     path.write_text('{"kind": "sdn"}' * 20)
     assert "truncated or no safetensors file" in refusal(path)
     torch.save({"a": torch.zeros(1)}, path)
