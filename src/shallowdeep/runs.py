@@ -112,7 +112,8 @@ class Run:
         side = data.example_inputs.shape[-1]
         if config.image_size != side:
             raise ConfigError(
-                f"the images have {side} pixels a side, the network is built for image_size={config.image_size}."
+                f"the images have {side} pixels a side, the network is built for image_size={config.image_size}. "
+                f"Set image_size={side}."
             )
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)

@@ -98,11 +98,6 @@ def batch_size(inputs: Any) -> int:
     return len(tensor)
 
 
-def rows_of(inputs: Any, rows: Any) -> Any:
-    """The same inputs with only some rows of every tensor in them."""
-    return pytree.tree_map_only(Tensor, lambda t: t[rows], inputs)
-
-
 def distinct_rows(inputs: Any, num_rows: int) -> Any:
     """Inputs with ``num_rows`` rows that differ from each other, made from an example of any batch size.
 

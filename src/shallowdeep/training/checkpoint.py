@@ -27,9 +27,11 @@ class Checkpoint:
     identity: str
 
     def sweep(self) -> None:
-        """Remove what a killed process left half-written."""
-        if self.folder is not None:
-            for partial in self.folder.rglob(".*.partial"):
+        """Remove what a killed process left half-written in the run folder, and nowhere deeper."""
+        if self.folder is None:
+            return
+        for place in (self.folder, self.folder / "traces", self.folder / "results"):
+            for partial in place.glob(".*.partial"):
                 partial.unlink(missing_ok=True)
 
     def save(
