@@ -6,8 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shallowdeep.data.images import Augmentation, ImageSet, Splits, stratified_split
+from shallowdeep.data.images import ImageSet
 from shallowdeep.data.labels import LabelTree
+from shallowdeep.data.samples import Augmentation, Splits
+from shallowdeep.data.stratify import stratified_split
 from shallowdeep.errors import ConfigError, DataError
 
 

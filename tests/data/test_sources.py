@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from shallowdeep.data import parquet
-from shallowdeep.data.images import Augmentation
+from shallowdeep.data.files import parquet
+from shallowdeep.data.samples import Augmentation
 from shallowdeep.data.sources import data_sets, load_data
 from shallowdeep.errors import ConfigError, DataError, UnknownName
 
@@ -46,13 +46,6 @@ def write_shard(path, first_row, count, *, spoil=None, size=4):
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table.replace_schema_metadata(metadata), path)
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SHALLOWDEEP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("SHALLOWDEEP_DATA", raising=False)
-    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -123,7 +116,7 @@ def test_the_environment_names_the_folder(folder, monkeypatch):
 
 
 def test_unknown_names(cache):
-    assert data_sets() == ["cifar10", "cifar100", "digits"]
+    assert data_sets() == ["cifar10", "cifar100", "digits", "tinyimagenet", "trec"]
     with pytest.raises(UnknownName, match=r"no data set 'cifar11'\. Did you mean 'cifar10'"):
         load_data("cifar11")
     with pytest.raises(UnknownName, match="no label set of digits 'coarse'"):

@@ -5,49 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from shallowdeep.data.labelled import check_labelled, check_pass, labels_md5, own_parts, positions
 from shallowdeep.data.labels import LabelTree
+from shallowdeep.data.samples import Augmentation, Batch
 from shallowdeep.data.stratify import stratified_split
 from shallowdeep.errors import ConfigError, DataError
-
-SPLITS = ("train", "val", "test")
-
-
-@dataclass(frozen=True, slots=True)
-class Augmentation:
-    """Random changes of training images: a shifted crop, then a left-right flip of half of them.
-
-    Args:
-        pad: black pixels put around the image before a window of its own size is cut out at random.
-        flip: whether to mirror each image with probability one half.
-
-    Raises:
-        ConfigError: ``pad`` is negative.
-    """
-
-    pad: int = 0
-    flip: bool = False
-
-    def __post_init__(self):
-        if self.pad < 0:
-            raise ConfigError(f"cannot pad by {self.pad} pixels. Give 0 (no crop) or more.")
-
-
-class Batch(NamedTuple):
-    """Some samples, ready for a network.
-
-    ``inputs`` are normalised; ``labels`` and ``ids`` are int64.
-    """
-
-    inputs: Float[Tensor, "b c h w"]
-    labels: Int[Tensor, " b"]
-    ids: Int[Tensor, " b"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +49,14 @@ class ImageSet:
 
     def __post_init__(self):
         _check_images(self)
-        _check_labels(self)
+        check_labelled(
+            self.labels,
+            self.ids,
+            class_names=self.class_names,
+            num_classes=self.num_classes,
+            split=self.split,
+            tree=self.tree,
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -120,10 +95,7 @@ class ImageSet:
         Raises:
             DataError: a position is outside the set or given twice.
         """
-        chosen = torch.as_tensor(indices, dtype=torch.int64, device=self.device)
-        outside = chosen[(chosen < 0) | (chosen >= len(self))]
-        if len(outside):
-            raise DataError(f"no sample {int(outside[0])}: the set has {len(self)}, counted from 0.")
+        chosen = positions(indices, len(self)).to(self.device)
         return replace(
             self,
             images=self.images.index_select(0, chosen),
@@ -155,6 +127,7 @@ class ImageSet:
         seed: int | None = None,
         drop_last: bool = False,
         channels_last: bool = False,
+        shard: tuple[int, int] = (0, 1),
     ) -> Iterator[Batch]:
         """All samples once, normalised, on the set's device.
 
@@ -167,16 +140,19 @@ class ImageSet:
             seed: of this pass, for the order, crops and flips; ``None`` keeps the set's order.
             drop_last: leave out a smaller last batch.
             channels_last: give ``inputs`` in that memory format.
+            shard: ``(rank, number of processes)``: give only this process's share of each batch.
 
         Raises:
-            ConfigError: the batch size is below 1, or there is an augmentation without a seed.
+            ConfigError: the batch size is below 1, or there is an augmentation without a seed or with a
+                ``min_area`` below 1: pixels of larger originals are not at hand.
         """
-        if batch_size < 1:
-            raise ConfigError(f"a batch of {batch_size} samples is none. Give 1 or more.")
-        if augment is not None and seed is None:
-            raise ConfigError(f"{augment} without a seed would differ in every run. Give a seed.")
-        count = self.num_batches(batch_size, drop_last)
-        parts = (slice(i * batch_size, (i + 1) * batch_size) for i in range(count))
+        check_pass(batch_size, augment, seed)
+        if augment is not None and augment.min_area < 1:
+            raise ConfigError(
+                f"{self.name} is held decoded, and {augment} cuts out of the larger originals. "
+                "Take min_area=1.0, or load the images with a preprocessing."
+            )
+        parts = own_parts(len(self), batch_size, drop_last, shard)
         format = torch.channels_last if channels_last else torch.contiguous_format
         if seed is None:
             pixels = ((self.images[part], part) for part in parts)
@@ -222,50 +198,7 @@ class ImageSet:
         pixels = hashlib.md5(usedforsecurity=False)
         for part in self.images.cpu().split(1000):  # a copy of a part only: the set may fill the memory
             pixels.update(part.permute(0, 2, 3, 1).contiguous().numpy().data)
-        width = torch.uint8 if self.num_classes <= 256 else torch.int64
-        labels = hashlib.md5(self.labels.cpu().to(width).numpy().data, usedforsecurity=False)
-        return {"images": pixels.hexdigest(), "labels": labels.hexdigest()}
-
-
-@dataclass(frozen=True, eq=False)
-class Splits:
-    """One data set in three parts, with the augmentation that suits its training part.
-
-    Args:
-        train: what networks learn from.
-        val: what thresholds are chosen on.
-        test: what is reported, and nothing else.
-        augment: for ``train.batches``.
-    """
-
-    train: ImageSet
-    val: ImageSet
-    test: ImageSet
-    augment: Augmentation
-
-    @property
-    def name(self) -> str:
-        """Of the data set."""
-        return self.train.name
-
-    @property
-    def num_classes(self) -> int:
-        """How many labels there are."""
-        return self.train.num_classes
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """One per label."""
-        return self.train.class_names
-
-    @property
-    def example_inputs(self) -> Float[Tensor, "b c h w"]:
-        """The first four training images, normalised."""
-        return self.train.example_inputs
-
-    def to(self, device: str | torch.device) -> Splits:
-        """The same splits on another device."""
-        return replace(self, train=self.train.to(device), val=self.val.to(device), test=self.test.to(device))
+        return {"images": pixels.hexdigest(), "labels": labels_md5(self.labels, self.num_classes)}
 
 
 def _crop_and_flip(
@@ -298,26 +231,4 @@ def _check_images(data: ImageSet) -> None:
         raise DataError(
             f"mean {data.mean} and std {data.std} do not fit {channels} channels. "
             "Give one mean and one std above 0 for each channel."
-        )
-    if data.split not in SPLITS:
-        raise DataError(f"no split '{data.split}'. Use one of: {', '.join(SPLITS)}.")
-
-
-def _check_labels(data: ImageSet) -> None:
-    for what, values in (("labels", data.labels), ("ids", data.ids)):
-        if values.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64) or values.ndim != 1:
-            raise DataError(f"{what} are {values.dtype} of shape {tuple(values.shape)}. Give int64, one per image.")
-    low, high = (int(value) for value in data.labels.aminmax())
-    if low < 0 or high >= data.num_classes:
-        raise DataError(
-            f"label {low if low < 0 else high} has no class name: there are {data.num_classes}. "
-            "Count labels from 0, and name every class."
-        )
-    values, counts = data.ids.unique(return_counts=True)
-    if len(values) != len(data):
-        raise DataError(f"id {int(values[counts.argmax()])} is there twice. Give every sample its own id.")
-    if data.tree and data.class_names not in (data.tree.fine_names, data.tree.coarse_names):
-        raise DataError(
-            f"the {data.num_classes} class names are neither the label tree's {data.tree.num_fine} fine nor "
-            f"its {data.tree.num_coarse} coarse names. Take them from the tree, or give no tree."
         )
