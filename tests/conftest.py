@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from operator_schema import define_operators
+
+define_operators()  # before anything imports torchvision: timm, Lightning, the image networks of transformers
 
 settings.register_profile("shallowdeep", deadline=None)  # a busy machine's pauses are no failures
 settings.load_profile("shallowdeep")

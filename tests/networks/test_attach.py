@@ -277,3 +277,28 @@ def test_exits_take_the_network_s_number_type():
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).to(torch.bfloat16)
     sdn = attach(net, torch.zeros(2, 4, dtype=torch.bfloat16), taps=["0"])
     assert [logits.dtype for logits in sdn(torch.zeros(2, 4, dtype=torch.bfloat16))] == [torch.bfloat16] * 2
+
+
+class Add(nn.Module):
+    def forward(self, x, more):
+        return x + more
+
+
+class GivesItsWeightAway(nn.Module):
+    """A weight of its own is an input of a submodule, as the class token of timm's CaiT is."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.add, self.last = nn.Linear(4, 4), Add(), nn.Linear(4, 2)
+        self.token = nn.Parameter(torch.ones(1, 4))
+
+    def forward(self, x):
+        return self.last(self.add(self.first(x), self.token))
+
+
+def test_a_weight_that_is_an_input_of_a_submodule():
+    net = GivesItsWeightAway()
+    net.last.bias.requires_grad_(False)
+    sdn = attach(net, torch.randn(2, 4), taps=("first",))
+    assert sdn.costs.backbone_flops == (32, 48)
+    assert [name for name, p in net.named_parameters() if not p.requires_grad] == ["last.bias"]

@@ -135,3 +135,15 @@ def test_a_head_of_the_users_own_is_custom():
     config = head_config(TokenClassifier((4, 3), 2, "first"), (4, 3), 2)
     assert config == {"kind": "tokens", "shape": [4, 3], "num_outputs": 2, "pool": "first"}
     assert build_head(config).pool == "first"
+
+
+def test_maps_with_channels_last_get_the_same_head_turned_round():
+    first, last = (default_head(Site("s", shape, 1, True, ""), 3) for shape in ((6, 8, 8), (8, 8, 6)))
+    last.load_state_dict(first.state_dict())
+    features = torch.randn(2, 6, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(last(features.permute(0, 2, 3, 1)), first(features))
+    assert head_config(last, (8, 8, 6), 3)["channels_last"]
+    again = build_head(head_config(last, (8, 8, 6), 3))
+    assert again.channels_last
+    assert not default_head(Site("s", (8, 8, 8), 1, True, ""), 3).channels_last

@@ -340,3 +340,24 @@ def test_the_last_exit_alone_has_its_final_head():
     assert sdn.costs.relative(exits=[]).tolist() == pytest.approx([60 / 90, 114 / 90])
     assert sdn.freeze_backbone().train().final_head.training is False
     assert not any(parameter.requires_grad for parameter in head.parameters())
+
+
+def test_inputs_as_keywords(tiny_net, images):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = tiny_net()
+
+        def forward(self, pixel_values, scale=1.0):
+            return self.net(pixel_values * scale)
+
+    sdn = attach(Named(), {"pixel_values": images}, taps=("net.blocks.0",)).eval()
+    with torch.no_grad():
+        by_keyword, by_mapping = sdn(pixel_values=images), sdn({"pixel_values": images})
+    assert all(torch.equal(a, b) for a, b in zip(by_keyword, by_mapping, strict=True))
+
+
+def test_data_parallel_is_refused_in_words(tiny_net, images):
+    sdn = attach(tiny_net(), images, taps=("blocks.0",))
+    with pytest.raises(NetworkError, match="Use DistributedDataParallel: torchrun"):
+        sdn._replicate_for_data_parallel()  # what DataParallel calls for each device

@@ -12,7 +12,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from shallowdeep.errors import IllegalTap, NetworkError
 from shallowdeep.networks.calls import LogitsOf, batch_size, evaluating, example_logits
 from shallowdeep.networks.costs import Costs, count_flops, count_params
-from shallowdeep.networks.exits import default_head
+from shallowdeep.networks.exits import default_head, first_token_head
 from shallowdeep.networks.sdn import Placement, ShallowDeepNetwork
 from shallowdeep.networks.sites import Site, modules_after, probe, probe_sites
 
@@ -26,7 +26,7 @@ def attach(
     *,
     shares: Sequence[float] = SHARES,
     taps: Sequence[str] | None = None,
-    head: Callable[[Site, int], nn.Module] = default_head,
+    head: Callable[[Site, int], nn.Module] | None = None,
     label_spaces: Mapping[str, int] | None = None,
     final_head: nn.Module | None = None,
     logits: LogitsOf | None = None,
@@ -39,7 +39,8 @@ def attach(
         shares: of the backbone's FLOPs; an exit sits at the nearest legal site to each, and at the last
             of several sites of equal FLOPs.
         taps: names of submodules instead of shares, shallow to deep; empty: no internal exit.
-        head: builds a classifier for a site; it maps that site's features to ``num_outputs`` logits.
+        head: builds a classifier for a site; it maps that site's features to ``num_outputs`` logits. ``None``:
+            ``default_head``; for inputs with an ``attention_mask``, which may be padded, ``first_token_head``.
         label_spaces: name to number of outputs where exits answer in several label sets; they are column
             blocks of one logits tensor. ``None``: one set, as large as the backbone's output.
         final_head: maps the backbone's logits to all columns of the last exit, where there are more than
@@ -68,6 +69,9 @@ def attach(
     spaces = dict(label_spaces or {"labels": last.shape[1]})
     num_outputs = sum(spaces.values())
     _check_width(last, spaces, final_head)
+    if head is None:
+        padded = isinstance(example_inputs, Mapping) and "attention_mask" in example_inputs
+        head = first_token_head if padded else default_head
     exits = [head(site, num_outputs).to(last) for site in found]  # its device and number type
     placements = [
         Placement(share, site.flops / flops, site, modules_after(net, example_inputs, site.name))

@@ -25,6 +25,11 @@ def call(net: nn.Module, inputs: Any) -> Any:
     return net(inputs)
 
 
+def plain_inputs(inputs: Any) -> Any:
+    """Inputs as a tensor, tuple or dict: another library's mapping (a tokenizer's batch) is no tree to PyTorch."""
+    return dict(inputs) if isinstance(inputs, Mapping) else inputs
+
+
 def find_logits(output: Any, logits: LogitsOf | None = None) -> Tensor:
     """The logits in what a network returned.
 
@@ -92,7 +97,7 @@ def first_tensor(output: Any) -> Tensor | None:
 
 def batch_size(inputs: Any) -> int:
     """Number of rows of the inputs."""
-    tensor = first_tensor(inputs)
+    tensor = first_tensor(plain_inputs(inputs))
     if tensor is None or tensor.ndim == 0 or len(tensor) == 0:
         raise NetworkError("the inputs hold no tensor with a batch of at least one row.")
     return len(tensor)
@@ -116,7 +121,7 @@ def distinct_rows(inputs: Any, num_rows: int) -> Any:
         spread = t.std().nan_to_num().clamp_min(0.1)
         return t + spread * torch.randn(t.shape, generator=generator).to(t)
 
-    widened = pytree.tree_map_only(Tensor, widen, inputs)
+    widened = pytree.tree_map_only(Tensor, widen, plain_inputs(inputs))
     tensors = [leaf for leaf in pytree.tree_leaves(widened) if isinstance(leaf, Tensor)]
     if all(bool((t == t[:1]).all()) for t in tensors):
         raise NetworkError(
@@ -128,12 +133,21 @@ def distinct_rows(inputs: Any, num_rows: int) -> Any:
 
 @contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every submodule's own mode is restored, also after an error."""
+    """Evaluation mode without gradients; every submodule's own mode is restored, also after an error.
+
+    No weight asks for a gradient either: PyTorch's FLOP counter stumbles, under ``no_grad``, over one that is given
+    to a submodule as an input.
+    """
     modes = {module: module.training for module in net.modules()}
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     net.eval()
     try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
         with torch.no_grad():
             yield
     finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
         for module, mode in modes.items():
             module.training = mode

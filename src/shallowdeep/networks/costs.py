@@ -6,6 +6,7 @@ count 0. A relative cost is a share of the plain backbone's FLOPs (1.0).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,6 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from shallowdeep.errors import TraceError
 from shallowdeep.networks.calls import call, evaluating
 
+UNIT = 10**12  # what a cost of 1.0 is counted as where costs are fractions, not FLOPs
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -32,6 +35,8 @@ class Costs:
         head_params: of each exit's own classifier; of the final head, else 0, at the last exit.
         nominal: the cost shares an exit was *asked* to sit at, the last 1.0; ``None`` where taps were
             given by name. The paper weighs losses and counts wasted computation with these.
+        plain_flops: of the network whose cost is 1.0; ``None``: the backbone. In a cascade of two networks it is
+            the second alone.
 
     Backbone and heads are kept apart so that an exit that is switched off costs nothing.
     """
@@ -41,6 +46,7 @@ class Costs:
     backbone_params: tuple[int, ...]
     head_params: tuple[int, ...]
     nominal: tuple[float, ...] | None = None
+    plain_flops: int | None = None
 
     def __post_init__(self) -> None:
         lengths = {
@@ -53,8 +59,13 @@ class Costs:
             lengths.add(len(self.nominal))
         if len(lengths) != 1 or not self.backbone_flops:
             raise TraceError(f"costs need one entry per exit in every list, got lists of {sorted(lengths)}.")
+        counts = (*self.backbone_flops, *self.head_flops, *self.backbone_params, *self.head_params)
+        if min(counts) < 0:
+            raise TraceError(f"FLOPs and parameters are counted from 0 on, got {min(counts)}.")
         if list(self.backbone_flops) != sorted(self.backbone_flops) or self.backbone_flops[-1] <= 0:
             raise TraceError(f"backbone FLOPs must rise from exit to exit, got {self.backbone_flops}.")
+        if self.plain_flops is not None and self.plain_flops <= 0:
+            raise TraceError(f"the plain network's FLOPs must be above 0, got {self.plain_flops}.")
 
     @property
     def num_exits(self) -> int:
@@ -78,7 +89,7 @@ class Costs:
         enabled[-1] = 1  # whoever gets there pays for a final head
         heads = torch.tensor(self.head_flops, dtype=torch.float64) * enabled
         total = torch.tensor(self.backbone_flops, dtype=torch.float64) + heads.cumsum(0)
-        return total / self.backbone_flops[-1]
+        return total / (self.plain_flops or self.backbone_flops[-1])
 
     def select(self, exits: Iterable[int]) -> Costs:
         """The same costs with only some exits, by index."""
@@ -93,17 +104,36 @@ class Costs:
             pick(self.backbone_params),
             pick(self.head_params),
             None if self.nominal is None else pick(self.nominal),
+            self.plain_flops,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values; ``from_dict`` reads them back."""
-        return asdict(self)
+        values = asdict(self)
+        return values if self.plain_flops is not None else {k: v for k, v in values.items() if k != "plain_flops"}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Costs:
         """Read back what ``to_dict`` gave."""
-        lists: dict[str, Any] = {key: None if value is None else tuple(value) for key, value in values.items()}
+        lists: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list | tuple) else value for key, value in values.items()
+        }
         return cls(**lists)
+
+    @classmethod
+    def from_totals(cls, totals: Iterable[int | float]) -> Costs:
+        """Costs where only the total up to each exit is known, in any unit; the last is the plain network's.
+
+        >>> Costs.from_totals([0.25, 0.5, 1.0]).relative().tolist()
+        [0.25, 0.5, 1.0]
+        """
+        values = [float(total) for total in totals]
+        if not values or not all(math.isfinite(v) and v >= 0 for v in values) or values[-1] <= 0:
+            raise TraceError(f"costs are finite numbers from 0 on, one per exit, the last above 0; got {values}.")
+        whole = all(value.is_integer() for value in values)
+        scale = 1.0 if whole else UNIT / values[-1]
+        none = (0,) * len(values)
+        return cls(tuple(round(value * scale) for value in values), none, none, none)
 
 
 def count_flops(module: nn.Module, inputs: Any) -> int:

@@ -56,21 +56,29 @@ def _window(side: int) -> tuple[int, int]:
 class InternalClassifier(nn.Module):
     """The paper's internal classifier for feature maps: mixed pooling, then one linear layer.
 
-    - input ``(n, channels, height, width)``
+    - input ``(n, channels, height, width)``, or ``(n, height, width, channels)``
     - output ``(n, num_outputs)``
+
+    Args:
+        shape: of one sample, in the order of the input.
+        num_outputs: classes.
+        channels_last: the order of the input, as Swin's blocks give it out.
 
     Cite: Kaya, Hong & Dumitras, ICML 2019, section 4.
     """
 
-    def __init__(self, shape: tuple[int, int, int], num_outputs: int):
+    def __init__(self, shape: tuple[int, int, int], num_outputs: int, channels_last: bool = False):
         super().__init__()
-        channels, height, width = shape
+        self.channels_last = channels_last
+        channels, height, width = (shape[2], *shape[:2]) if channels_last else shape
         self.pool = MixedPool(height, width)
         sides = min(height, POOLED_SIDE), min(width, POOLED_SIDE)
         self.linear = nn.Linear(channels * sides[0] * sides[1], num_outputs)
 
     def forward(self, features: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
         """Logits of a feature map."""
+        if self.channels_last:
+            features = features.permute(0, 3, 1, 2)
         return self.linear(self.pool(features).flatten(1))
 
 
@@ -124,6 +132,8 @@ HEADS: dict[str, type[nn.Module]] = {
 def default_head(site: Site, num_outputs: int) -> nn.Module:
     """The head that fits a site's features: maps ``(c, h, w)``, tokens ``(t, d)`` or vectors ``(d,)``.
 
+    Maps whose first two sides are equal and the third is another are taken for ``(h, w, c)``.
+
     Raises:
         NetworkError: the features have another number of dimensions.
     """
@@ -133,7 +143,21 @@ def default_head(site: Site, num_outputs: int) -> nn.Module:
             f"no default head for features of shape {site.shape} at '{site.name}'. "
             "Pass head=, a function (site, num_outputs) -> module."
         )
+    if kind == "map":
+        first, second, third = site.shape
+        return InternalClassifier((first, second, third), num_outputs, channels_last=first == second != third)
     return HEADS[kind](site.shape, num_outputs)
+
+
+def first_token_head(site: Site, num_outputs: int) -> nn.Module:
+    """``default_head``, but for a token sequence the head that reads its first token alone: the ``[CLS]`` token.
+
+    What ``attach`` takes for padded sequences (inputs with an attention mask): the mean of all tokens would be that
+    of the padding too. In a causal network the first token has seen no other: pass a head of your own there.
+    """
+    if len(site.shape) == 2:
+        return TokenClassifier(site.shape, num_outputs, pool="first")
+    return default_head(site, num_outputs)
 
 
 def head_config(head: nn.Module, shape: tuple[int, ...], num_outputs: int) -> dict[str, Any]:
@@ -142,6 +166,8 @@ def head_config(head: nn.Module, shape: tuple[int, ...], num_outputs: int) -> di
     config: dict[str, Any] = {"kind": kind, "shape": list(shape), "num_outputs": num_outputs}
     if isinstance(head, TokenClassifier):
         config["pool"] = head.pool
+    if isinstance(head, InternalClassifier) and head.channels_last:
+        config["channels_last"] = True
     return config
 
 

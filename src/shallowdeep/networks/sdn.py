@@ -8,19 +8,21 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from shallowdeep.errors import FileFormatError, NetworkError
+from shallowdeep.errors import FileFormatError, NetworkError, ShallowDeepError
 from shallowdeep.networks.calls import LogitsOf, call, find_logits, first_line
 from shallowdeep.networks.costs import Costs
 from shallowdeep.networks.exits import build_head, head_config
+from shallowdeep.networks.hub import WEIGHTS, find_weights, push_folder, write_card
 from shallowdeep.networks.sites import Site
 from shallowdeep.networks.taps import run_until, tapped
-from shallowdeep.networks.zoo import load_network, spec_of
-from shallowdeep.storage import load_tensors, save_tensors
+from shallowdeep.networks.zoo import NetworkSpec, rebuild_network, spec_of
+from shallowdeep.storage import load_tensors, misfits, read_as, save_tensors, shown
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Placement:
 class ShallowDeepNetwork(nn.Module):
     """A backbone with internal classifiers at its taps; build one with ``attach``.
 
-    - input: whatever the backbone takes
+    - input: whatever the backbone takes, as one argument (several inputs as a tuple or mapping), or as keywords
     - output: a list with one logits tensor ``(n, outputs)`` per exit, the last being the backbone's own
 
     The backbone runs unchanged: features are read by forward hooks that exist only during a forward, or
@@ -96,8 +98,9 @@ class ShallowDeepNetwork(nn.Module):
         """Columns of every exit's logits."""
         return sum(self.label_spaces.values())
 
-    def forward(self, x: Any) -> list[Tensor]:
+    def forward(self, x: Any = None, /, **inputs: Any) -> list[Tensor]:
         """Logits of every exit, the last being the backbone's own."""
+        x = inputs or x
         # A compiled graph is traced with the taps open, and a thread's identity is nothing to trace.
         if torch.compiler.is_compiling() or self._inside == threading.get_ident():
             return self._run(x)
@@ -119,6 +122,12 @@ class ShallowDeepNetwork(nn.Module):
                 yield
             finally:
                 self._features = self._inside = None
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        raise NetworkError(
+            "DataParallel's copies would share one set of hooks. Use DistributedDataParallel: "
+            "torchrun --nproc-per-node N, or one device alone (CUDA_VISIBLE_DEVICES=0)."
+        )
 
     def _run(self, x: Any) -> list[Tensor]:
         features = self._features
@@ -213,8 +222,9 @@ class ShallowDeepNetwork(nn.Module):
         head: Callable[[Site, int], nn.Module] | None = None,
         final_head: nn.Module | None = None,
         logits: LogitsOf | None = None,
+        trust_code: bool = False,
     ) -> ShallowDeepNetwork:
-        """Read back what ``save`` wrote; nothing is unpickled.
+        """Read back what ``save`` wrote; nothing is unpickled, and no weights are fetched.
 
         Args:
             path: of the file.
@@ -222,23 +232,28 @@ class ShallowDeepNetwork(nn.Module):
             head: builds the heads where they were the user's own.
             final_head: the module that was given to ``attach`` under this name, if one was.
             logits: as for ``attach``.
+            trust_code: let a file whose network is named ``package.module:function`` import and call that.
 
         Raises:
             FileFormatError: the file is truncated, foreign, or its weights do not fit the network.
+            NetworkError: its network is built by code of its own, which is not trusted.
         """
         tensors, config = load_tensors(path, kind="sdn")
         try:
-            backbone = _named_network(config, path) if backbone is None else backbone
             if config["final_head"] and final_head is None:
                 raise FileFormatError(
                     f"{path} was saved with a final head of its own. Pass it: load(path, final_head=…)."
                 )
-            placements = [_placement(values) for values in config["placements"]]
+            placements = read_as(tuple[Placement, ...], config["placements"])
+            costs, label_spaces = read_as(Costs, config["costs"]), read_as(dict[str, int], config["label_spaces"])
+            _check_sizes(config, placements, costs, sum(tensor.numel() for tensor in tensors.values()))
+            backbone = _named_network(config, path, trust_code) if backbone is None else backbone
             heads = [
                 _rebuild_head(values, p.site, head, path) for values, p in zip(config["heads"], placements, strict=True)
             ]
-            costs, label_spaces = Costs.from_dict(config["costs"]), config["label_spaces"]
-        except (KeyError, TypeError, AttributeError) as error:
+        except ShallowDeepError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
             raise FileFormatError(
                 f"{path} describes no Shallow-Deep Network ({first_line(error)}). Save it anew."
             ) from error
@@ -253,6 +268,56 @@ class ShallowDeepNetwork(nn.Module):
         )
         _load_weights(sdn, tensors, path)
         return sdn
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, card_info: Mapping[str, Any] | None = None) -> None:
+        """Write a folder for others: the file of ``save``, and a model card ``README.md``.
+
+        Args:
+            folder: made if it is not there; its two files are replaced.
+            card_info: what the card shall say: ``data``, ``strategy``, ``accuracy`` per exit in [0, 1], ``split``
+                of the accuracies, ``license``, ``datasets`` (ids on the hub), ``notes`` (Markdown).
+        """
+        write_card(self, Path(folder), card_info or {})
+        self.save(Path(folder) / WEIGHTS)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_id: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        **options: Any,
+    ) -> ShallowDeepNetwork:
+        """Read what ``save_pretrained`` wrote, from a folder or a repository of the Hugging Face hub.
+
+        Args:
+            folder_or_id: a folder, or ``owner/name``.
+            revision: branch, tag or commit of the repository.
+            token: for a private one; ``None``: the stored one.
+            cache_dir: where downloads are kept; ``None``: where the hub's client keeps them.
+            local_files_only: fetch nothing.
+            options: as for ``load``.
+        """
+        path = find_weights(
+            folder_or_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        return cls.load(path, **options)
+
+    def push_to_hub(self, repository: str, *, card_info: Mapping[str, Any] | None = None, **options: Any) -> str:
+        """Upload what ``save_pretrained`` writes to a repository of the Hugging Face hub, as one commit.
+
+        Args:
+            repository: ``owner/name``; made if it is not there.
+            card_info: as for ``save_pretrained``.
+            options: ``private``, ``token``, ``revision`` (the branch), ``commit_message``, ``create_pr``.
+
+        Returns:
+            Address of the commit.
+        """
+        return push_folder(self, repository, card_info or {}, **options)
 
     def extra_repr(self) -> str:
         """Taps and what each exit costs, shown when the network is printed."""
@@ -298,33 +363,48 @@ class TruncatedNetwork(nn.Module):
         return self.head(run_until(self.backbone, self.tap, x))
 
 
-def _placement(values: Mapping[str, Any]) -> Placement:
-    site = Site(**{**values["site"], "shape": tuple(values["site"]["shape"])})
-    return Placement(values["asked"], values["got"], site, tuple(values["unreached"]))
+def _check_sizes(config: Mapping[str, Any], placements: Sequence[Placement], costs: Costs, num_weights: int) -> None:
+    """Refuse sizes that disagree, before a network of a damaged size takes all memory."""
+    num_outputs = sum(config["label_spaces"].values())
+    network, heads = config["network"] or {}, config["heads"]
+    wrong = [
+        not all(number > 0 for number in config["label_spaces"].values()),
+        not 0 < num_outputs <= num_weights,
+        not (network.get("num_classes") or 0) <= num_weights,
+        not len(heads) == len(placements) == costs.num_exits - 1,
+        *(head["num_outputs"] != num_outputs for head in heads),
+        *(head["shape"] != list(p.site.shape) for head, p in zip(heads, placements, strict=False)),
+        *(min(p.site.shape, default=0) < 1 for p in placements),
+    ]
+    if any(wrong):
+        raise ValueError("its sizes disagree")
 
 
-def _named_network(config: Mapping[str, Any], path: object) -> nn.Module:
+def _named_network(config: Mapping[str, Any], path: object, trust_code: bool) -> nn.Module:
     if config["network"] is None:
         raise FileFormatError(
             f"{path} holds a network that is not known by name. Build it and pass it: load(path, backbone=net)."
         )
-    return load_network(**config["network"])
+    options = dict(config["network"])
+    return rebuild_network(NetworkSpec(options.pop("name"), options), trust_code=trust_code)
 
 
-def _load_weights(sdn: nn.Module, tensors: Mapping[str, Tensor], path: object) -> None:
+def _load_weights(sdn: ShallowDeepNetwork, tensors: Mapping[str, Tensor], path: object) -> None:
     # Looked at beforehand: PyTorch raises only after it has overwritten everything that fits.
     own = sdn.state_dict()
-    wrong = sorted(
-        name
-        for name in own.keys() | tensors.keys()
-        if name not in own or name not in tensors or own[name].shape != tensors[name].shape
-    )
+    wrong = misfits(own, tensors)
     if wrong:
         raise FileFormatError(
-            f"the weights in {path} do not fit the network: {len(wrong)} names or shapes differ, first '{wrong[0]}'. "
-            "Pass the backbone, heads and final head it was saved with."
+            f"the weights in {path} do not fit the network: {len(wrong)} names or shapes differ, "
+            f"first {shown(wrong[0])}. Pass the backbone, heads and final head it was saved with."
         )
-    sdn.load_state_dict(tensors)
+    _check_names(sdn, path)
+    for head in sdn.exits:
+        if any(weight.is_meta for weight in head.parameters()):
+            head.to_empty(device="cpu")
+    own = sdn.state_dict()
+    own.update(tensors)  # with the versions that modules note beside their weights, which some ask for
+    sdn.load_state_dict(own)
 
 
 def _rebuild_head(
@@ -334,4 +414,15 @@ def _rebuild_head(
         return head(site, config["num_outputs"])
     if config["kind"] == "custom":
         raise FileFormatError(f"{path} holds heads of your own. Pass what built them: load(path, head=…).")
-    return build_head(config)
+    with torch.device("meta"):  # a damaged size takes no memory; the weights come from the file
+        return build_head(config)
+
+
+def _check_names(sdn: ShallowDeepNetwork, path: object) -> None:
+    for placement in sdn.placements:
+        inputs = [name for name, _ in placement.site.row_inputs]
+        for name in (placement.site.name, *placement.unreached, *inputs):
+            try:
+                sdn.backbone.get_submodule(name)
+            except AttributeError as error:
+                raise FileFormatError(f"{path} does not fit the network: {first_line(error)}. Save it anew.") from None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
 from shallowdeep.errors import IllegalTap
 from shallowdeep.networks.calls import (
@@ -22,7 +24,15 @@ from shallowdeep.networks.calls import (
     first_tensor,
 )
 from shallowdeep.networks.costs import flop_counter
-from shallowdeep.networks.taps import run_until, submodule, take_rows, taking_turns, watched
+from shallowdeep.networks.taps import (
+    RowInput,
+    find_row_inputs,
+    run_until,
+    submodule,
+    take_rows,
+    taking_turns,
+    watched,
+)
 
 PROOF_ROWS = 4
 KEPT_ROWS = (1, 3)  # at least two of at least four: a single row could broadcast and look legal
@@ -39,6 +49,8 @@ class Site:
         legal: whether dropping rows here drops exactly those rows of the logits.
         why_not: the reason where it is not legal, else empty.
         params: parameters of the backbone used up to and including here.
+        row_inputs: inputs of later submodules that hold a row for each sample too, such as an attention mask:
+            the submodule's name and the input's place. Where rows are dropped here, they are dropped there.
     """
 
     name: str
@@ -47,6 +59,7 @@ class Site:
     legal: bool
     why_not: str
     params: int = 0
+    row_inputs: tuple[RowInput, ...] = ()
 
 
 def probe(
@@ -74,17 +87,17 @@ def probe(
     inputs = distinct_rows(example_inputs, PROOF_ROWS)
     with taking_turns(net), evaluating(net):
         walk = _walk(net, inputs, logits)
-        proofs: dict[str, str] = {}
+        proofs: dict[str, _Proof] = {}
         closed: tuple[str, ...] = ()
         for name, _ in net.named_modules():
             if name not in walk.visits or name.startswith(closed):
                 continue
             visit = walk.visits[name]
-            proofs[name] = visit.objection or _prove(net, inputs, name, walk.logits, logits)
-            if not proofs[name] and visit.own_flops <= split_over * walk.flops:
+            proofs[name] = _prove(net, inputs, visit, walk, logits)
+            if not proofs[name].why_not and visit.own_flops <= split_over * walk.flops:
                 closed += (f"{name}.",)
     order = [name for name in walk.visits if name in proofs]
-    return [walk.visits[name].site(why_not=proofs[name]) for name in order]
+    return [walk.visits[name].site(proofs[name]) for name in order]
 
 
 def probe_sites(
@@ -99,8 +112,8 @@ def probe_sites(
             submodule(net, name)
             if name not in walk.visits:
                 raise IllegalTap(f"'{name}' is not called in a forward of this network.")
-            objection = walk.visits[name].objection or _prove(net, inputs, name, walk.logits, logits)
-            sites.append(walk.visits[name].site(why_not=objection))
+            visit = walk.visits[name]
+            sites.append(visit.site(_prove(net, inputs, visit, walk, logits)))
         order = list(walk.visits)
     return sorted(sites, key=lambda site: order.index(site.name))
 
@@ -111,7 +124,7 @@ def modules_after(net: nn.Module, example_inputs: Any, name: str) -> tuple[str, 
     One that is never entered stays: its parent may use its weights, as attention does those of its last layer.
     """
     entered: set[str] = set()
-    with evaluating(net), watched(net, enter=entered.add):
+    with evaluating(net), watched(net, enter=lambda other, inputs: entered.add(other)):
         run_until(net, name, example_inputs)
         # A container that holds modules but is never called itself counts by what is in it.
         reached = {part for other in entered for part in _ancestors(other)}
@@ -126,6 +139,13 @@ def _ancestors(name: str) -> list[str]:
     return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
 
 
+class _Proof(NamedTuple):
+    """The outcome of dropping rows at a submodule: empty ``why_not`` where that is legal."""
+
+    why_not: str = ""
+    row_inputs: tuple[RowInput, ...] = ()
+
+
 @dataclass
 class _Visit:
     name: str
@@ -137,8 +157,8 @@ class _Visit:
     shape: tuple[int, ...] = ()
     objection: str = ""
 
-    def site(self, why_not: str) -> Site:
-        return Site(self.name, self.shape, self.flops, not why_not, why_not, self.params)
+    def site(self, proof: _Proof) -> Site:
+        return Site(self.name, self.shape, self.flops, not proof.why_not, proof.why_not, self.params, proof.row_inputs)
 
 
 @dataclass
@@ -148,14 +168,16 @@ class _Walk:
     visits: dict[str, _Visit] = field(default_factory=dict)
     flops: int = 0
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
+    has_row_inputs: bool = False  # some submodule takes more than one tensor with the samples as rows
 
 
 def _walk(net: nn.Module, inputs: Any, logits: LogitsOf | None) -> _Walk:
     walk = _Walk()
     entered: dict[str, int] = {}
 
-    def enter(name: str) -> None:
+    def enter(name: str, module_inputs: Any) -> None:
         entered[name] = counter.get_total_flops()
+        walk.has_row_inputs |= _num_row_tensors(module_inputs) > 1
 
     def leave(name: str, output: Any) -> None:
         visit = walk.visits.pop(name, None) or _Visit(name)
@@ -171,13 +193,18 @@ def _walk(net: nn.Module, inputs: Any, logits: LogitsOf | None) -> _Walk:
     with flop_counter() as counter, watched(net, enter, leave):
         walk.logits = example_logits(net, inputs, logits)
         walk.flops = counter.get_total_flops() // PROOF_ROWS
-    params = _params_entered(net, list(entered))
+    params = params_entered(net, list(entered))
     for visit in walk.visits.values():
         visit.params = params[visit.entered]
     return walk
 
 
-def _params_entered(net: nn.Module, entered: list[str]) -> list[int]:
+def _num_row_tensors(values: Any) -> int:
+    leaves = pytree.tree_leaves(values)
+    return sum(isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == PROOF_ROWS for leaf in leaves)
+
+
+def params_entered(net: nn.Module, entered: list[str]) -> list[int]:
     """Parameters used when none, one, two … of some modules were entered.
 
     Those of the network itself, and of a module that is never entered, count with the nearest parent that is.
@@ -204,17 +231,51 @@ def _objection(calls: int, tensor: Tensor | None) -> str:
     return ""
 
 
-def _prove(net: nn.Module, inputs: Any, name: str, reference: Tensor, logits: LogitsOf | None) -> str:
-    """The empty string where a site is legal, else why it is not."""
-    rows = torch.tensor(KEPT_ROWS, device=reference.device)
-    kept, all_rows = len(KEPT_ROWS), PROOF_ROWS
+def _prove(net: nn.Module, inputs: Any, visit: _Visit, walk: _Walk, logits: LogitsOf | None) -> _Proof:
+    """Whether an exit may sit at a submodule, and which row inputs that takes."""
+    if visit.objection:
+        return _Proof(visit.objection)
+    rows = torch.tensor(KEPT_ROWS, device=walk.logits.device)
     try:
-        with take_rows(net, name, rows):
+        with take_rows(net, visit.name, rows):
             found = find_logits(call(net, inputs), logits)
     except Exception as error:  # whatever a later layer raises when it still wants all rows
-        return f"with {kept} of {all_rows} rows kept there, a later layer still wants {all_rows} ({first_line(error)})"
-    if len(found) != kept:
-        return f"with {kept} of {all_rows} rows kept there, {len(found)} rows of logits come out"
+        row_inputs = _row_inputs(net, inputs, visit.name, rows, walk, logits)
+        return _Proof(row_inputs=row_inputs) if row_inputs else _Proof(_wants_all(error))
+    return _Proof(_compare(found, walk.logits, rows))
+
+
+def _row_inputs(
+    net: nn.Module, inputs: Any, name: str, rows: Tensor, walk: _Walk, logits: LogitsOf | None
+) -> tuple[RowInput, ...]:
+    """The inputs whose rows must be dropped too, proved to be enough; empty where there are none that are."""
+    if not walk.has_row_inputs:
+        return ()
+    weights = {key: value.detach().requires_grad_() for key, value in net.named_parameters() if _differentiable(value)}
+    args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (inputs, {})
+    try:
+        with torch.enable_grad(), find_row_inputs(net, name, rows, PROOF_ROWS) as found:
+            functional_call(net, weights, args, kwargs)
+        with take_rows(net, name, rows, found):
+            kept = find_logits(call(net, inputs), logits)
+    except Exception:  # whatever a later layer raises: what it misses is no row input
+        return ()
+    return () if _compare(kept, walk.logits, rows) else tuple(found)
+
+
+def _differentiable(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _wants_all(error: Exception) -> str:
+    kept, all_rows = len(KEPT_ROWS), PROOF_ROWS
+    return f"with {kept} of {all_rows} rows kept there, a later layer still wants {all_rows} ({first_line(error)})"
+
+
+def _compare(found: Tensor, reference: Tensor, rows: Tensor) -> str:
+    """The empty string where exactly the kept rows of the logits came out, else what came out."""
+    if len(found) != len(rows):
+        return f"with {len(rows)} of {len(reference)} rows kept there, {len(found)} rows of logits come out"
     # Other rows of the batch change a sum's order, never more; the samples themselves differ by far more.
     spread = (reference - reference.mean(0)).abs().max()
     if (found - reference[rows]).abs().max() > 1e-2 * spread + 1e-6 * reference.abs().max():

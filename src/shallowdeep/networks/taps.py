@@ -64,22 +64,85 @@ def tapped(net: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
         yield features
 
 
+RowInput = tuple[str, int]
+"""A submodule's name, and which of its flattened inputs holds a row for each sample."""
+
+
 @contextmanager
-def take_rows(net: nn.Module, name: str, rows: Tensor) -> Iterator[None]:
+def take_rows(net: nn.Module, name: str, rows: Tensor, row_inputs: Iterable[RowInput] = ()) -> Iterator[None]:
     """Let only some rows pass a submodule at every forward inside the context.
 
     Args:
         net: any network; left as it was.
         name: of the submodule.
         rows: indices of the rows to keep, shape ``(kept,)``.
+        row_inputs: inputs of later submodules, such as an attention mask, whose rows are dropped too
+            (``Site.row_inputs``).
     """
+    places: dict[str, set[int]] = {}
+    for module, place in row_inputs:
+        places.setdefault(module, set()).add(place)
 
     def keep(module: nn.Module, args: Any, output: Any) -> Any:
         num_rows = len(_batched(first_tensor(output)))
         return pytree.tree_map_only(Tensor, lambda t: t[rows] if t.ndim and len(t) == num_rows else t, output)
 
-    with taking_turns(net), _hooked([(submodule(net, name), keep)]):
+    def keep_chosen(chosen: set[int], place: int, t: Tensor) -> Tensor:
+        return t[rows] if place in chosen else t
+
+    def keep_inputs(chosen: set[int], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return _map_inputs(args, kwargs, partial(keep_chosen, chosen))
+
+    with taking_turns(net), ExitStack() as stack:
+        stack.enter_context(_hooked([(submodule(net, name), keep)]))
+        for module, chosen in places.items():
+            hook = partial(keep_inputs, chosen)
+            stack.callback(submodule(net, module).register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
+
+
+@contextmanager
+def find_row_inputs(net: nn.Module, name: str, rows: Tensor, num_rows: int) -> Iterator[list[RowInput]]:
+    """``take_rows`` that also finds the row inputs: tensors of ``num_rows`` rows that come in after the drop.
+
+    Only a tensor that needs no gradient is taken for one. With gradients on and weights that need them, such
+    a tensor depends on the network's inputs alone, as an attention mask does; one that depends on earlier
+    layers would make the submodule see less than the layers after it.
+
+    Yields:
+        What was found, once a forward inside the context is done.
+    """
+    found: list[RowInput] = []
+    dropped = False
+
+    def keep(module: nn.Module, args: Any, output: Any) -> Any:
+        nonlocal dropped
+        dropped = True
+        return pytree.tree_map_only(Tensor, lambda t: t[rows] if t.ndim and len(t) == num_rows else t, output)
+
+    def kept(name: str, place: int, t: Tensor) -> Tensor:
+        if t.requires_grad or t.ndim == 0 or len(t) != num_rows:
+            return t
+        found.append((name, place))
+        return t[rows]
+
+    def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return _map_inputs(args, kwargs, partial(kept, name)) if dropped else None
+
+    with taking_turns(net), ExitStack() as stack:
+        stack.enter_context(_hooked([(submodule(net, name), keep)]))
+        for other, module in net.named_modules():
+            if other:
+                hook = partial(enter, other)
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield found
+
+
+def _map_inputs(args: Any, kwargs: Any, change: Callable[[int, Tensor], Tensor]) -> Any:
+    """A submodule's inputs with some tensors changed, told apart by their place among the leaves."""
+    leaves, structure = pytree.tree_flatten((args, kwargs))
+    changed = [change(place, leaf) if isinstance(leaf, Tensor) else leaf for place, leaf in enumerate(leaves)]
+    return pytree.tree_unflatten(changed, structure)
 
 
 class _Reached(Exception):
@@ -108,27 +171,27 @@ def run_until(net: nn.Module, name: str, inputs: Any) -> Tensor:
 @contextmanager
 def watched(
     net: nn.Module,
-    enter: Callable[[str], None] = lambda name: None,
+    enter: Callable[[str, Any], None] = lambda name, inputs: None,
     leave: Callable[[str, Any], None] = lambda name, output: None,
 ) -> Iterator[None]:
-    """Be told the name of every submodule that a forward inside the context enters, and what it gave out.
+    """Be told of every submodule that a forward inside the context enters: its name, what goes in, what comes out.
 
     Args:
         net: any network; left as it was.
-        enter: called with the name before the submodule runs.
+        enter: called with the name and the inputs, ``(args, kwargs)``, before the submodule runs.
         leave: called with the name and the output after it ran.
     """
     with taking_turns(net), ExitStack() as hooks:
         for name, module in net.named_modules():
             if name:
                 before = partial(_tell_entry, enter, name)
-                hooks.callback(module.register_forward_pre_hook(before).remove)
+                hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
                 hooks.callback(module.register_forward_hook(partial(_tell_output, leave, name)).remove)
         yield
 
 
-def _tell_entry(enter: Callable[[str], None], name: str, module: nn.Module, args: Any) -> None:
-    enter(name)
+def _tell_entry(enter: Callable[[str, Any], None], name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+    enter(name, (args, kwargs))
 
 
 def _tell_output(leave: Callable[[str, Any], None], name: str, module: nn.Module, args: Any, output: Any) -> None:
