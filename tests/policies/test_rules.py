@@ -296,5 +296,5 @@ def test_unknown_rules_and_settings(without_type_checks):
         policy_from_dict({"threshold": 0.5})
     with pytest.raises(ConfigError, match=r"'patience': 2.* are no confidence policy: .*unexpected keyword"):
         policy_from_dict({"kind": "confidence", "threshold": 0.5, "patience": 2})
-    with pytest.raises(ConfigError, match=r"'exits': 3.* are no patience policy: .*not iterable"):
+    with pytest.raises(ConfigError, match=r"'exits': 3.* are no patience policy: .*in a list, got 3"):
         policy_from_dict({"kind": "patience", "patience": 2, "exits": 3})

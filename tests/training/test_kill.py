@@ -1,4 +1,4 @@
-"""Training in a process of its own that is killed, as power cuts and schedulers do it."""
+"""Training and recording in a process of its own that is killed, as power cuts and schedulers do it."""
 
 import json
 import random
@@ -94,8 +94,9 @@ from shallowdeep.training.strategies import Phase
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
-def write_half(state, path):
-    path.write_bytes(b"half")
+def write_half(state, file):
+    file.write(b"half")
+    file.flush()
     die()
 
 def fit_and_save(folder, moment):
@@ -137,3 +138,93 @@ def test_killed_while_it_saves(tmp_path):
     assert [line.count(".partial") for line in lines] == [0, 1, 1, 0, 0]
     assert (broken / "sdn.safetensors").read_bytes() == (whole / "sdn.safetensors").read_bytes()
     assert files(broken) == ["checkpoint.pt", "history.jsonl", "sdn.safetensors"]
+
+
+RECORD = """
+import os, pathlib, random, signal, sys, time, torch
+from dataclasses import replace
+import safetensors.torch, sklearn.datasets
+import shallowdeep.storage
+from shallowdeep.config import load_config
+from shallowdeep.runs import Run
+from shallowdeep.storage import write_json
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def is_due():
+    global whole_before
+    whole_before -= 1
+    return whole_before < 0
+
+def write_half(tensors, path, metadata):
+    if not is_due():
+        return safetensors.torch.save_file(tensors, path, metadata=metadata)
+    content = safetensors.torch.save(tensors, metadata)
+    path.write_bytes(content[:chance.randrange(1, len(content))])
+    die()
+
+def load_little(self, net=None):
+    whole = load_data(self, net)
+    return replace(whole, train=whole.train.sample(60), val=whole.val.sample(40), test=whole.test.sample(40))
+
+def make(folder):
+    run = Run.create(folder, load_config(changes={"taps": ["layer1.0"], "threads": 1, "device": "cpu"}))
+    run.build(run.load_data()).save(run.weights)
+    write_json(folder / "config.json", run.config.model_dump(mode="json"))
+
+def record(folder, moment):
+    torch.set_num_threads(1)
+    if not folder.exists():
+        make(folder)
+    if moment == "write":
+        shallowdeep.storage.save_file = write_half
+    if moment == "rename":
+        pathlib.Path.replace = lambda path, target: die() if is_due() else os.replace(path, target)
+    os.write(writer, b"!")
+    Run.open(folder).record(progress=False)
+
+load_data, chance, whole = Run.load_data, random.Random(int(sys.argv[1])), {}
+Run.load_data = load_little
+for folder, moment in zip(sys.argv[2::2], sys.argv[3::2]):
+    reader, writer = os.pipe()
+    whole_before = chance.randrange(3)
+    child = os.fork()  # importing PyTorch once is enough
+    if child == 0:
+        record(pathlib.Path(folder), moment)
+        os._exit(0)
+    os.read(reader, 1)
+    started = time.perf_counter()
+    if moment == "random":
+        time.sleep(chance.uniform(0.2, 1) * duration)
+        os.kill(child, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    duration = time.perf_counter() - started if moment == "never" else duration
+    present = sorted(path.name for path in pathlib.Path(folder).glob("traces/*"))
+    for path in pathlib.Path(folder).glob("traces/*.safetensors"):
+        assert path.read_bytes() == whole.setdefault(path.name, path.read_bytes())  # that of the first attempt
+    print(status, folder, moment, *present)
+"""
+
+
+@pytest.mark.slow
+def test_killed_while_it_records(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    kinds = ["write", "random", "rename", "random", "write", "random", "random", "never"]
+    seed = random.randrange(2**32)
+    print(f"\nseed {seed}")
+    moments = [(whole, "never"), *((broken, moment) for moment in kinds)]
+    process = spawn("-W", "error", "-c", RECORD, seed, *(word for moment in moments for word in moment))
+    output, errors = process.communicate(timeout=300)
+    print(output.decode())
+    lines = [line.split(" ") for line in output.decode().splitlines()]
+    killed = [line[0] for line in lines if line[2] in ("write", "rename")]
+    assert (lines[0][0], lines[-1][0], *killed) == ("0", "0", "-9", "-9", "-9"), errors.decode()
+    # what a killed process left half-written is swept away by the process after
+    assert all(line.count(".partial") <= 1 for line in (" ".join(words) for words in lines))
+    traces = [f"{split}.safetensors" for split in ("test", "train", "val")]
+    for name in ("whole", "broken"):
+        assert files(tmp_path / name / "traces") == traces
+        assert files(tmp_path / name) == ["config.json", "sdn.safetensors", "traces"]
+    for name in ["sdn.safetensors", *(f"traces/{trace}" for trace in traces)]:
+        assert (broken / name).read_bytes() == (whole / name).read_bytes()

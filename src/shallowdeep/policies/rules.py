@@ -15,6 +15,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from shallowdeep.errors import ConfigError, UnknownName
+from shallowdeep.networks.calls import first_line
+from shallowdeep.storage import shown
 
 State = tuple[Tensor, ...]
 """What a policy remembers of each sample: tensors with one row per sample, compacted as features are."""
@@ -166,17 +168,22 @@ def policy_from_dict(values: Any) -> ExitPolicy:
     Confidence(threshold=0.9, exits=(0, 2), answer='last')
     """
     if not isinstance(values, Mapping):
-        raise ConfigError(f"a policy is written as keys and values, got {values!r}.")
+        raise ConfigError(f"a policy is written as keys and values, got {shown(values)}.")
     settings = dict(values)
-    kind = str(settings.pop("kind", None))
-    if kind not in RULES:
-        raise UnknownName("policy", kind, RULES)
+    kind, exits = settings.pop("kind", None), settings.get("exits")
+    if not isinstance(kind, str) or kind not in RULES:
+        raise UnknownName("policy", shown(kind)[1:-1] if isinstance(kind, str) else shown(kind), RULES)
     try:
-        if settings.get("exits") is not None:
-            settings["exits"] = tuple(settings["exits"])
+        if exits is not None:
+            if not isinstance(exits, list | tuple) or any(type(exit) is not int for exit in exits):
+                raise TypeError(f"exits are whole numbers in a list, got {shown(exits)}")
+            settings["exits"] = tuple(exits)
+        for value in settings.values():
+            if isinstance(value, bool) or (isinstance(value, int) and abs(value) >= 2**63):
+                raise TypeError(f"{shown(value)} is no number, or too large")
         return RULES[kind](**settings)
-    except TypeError as error:
-        raise ConfigError(f"the settings {dict(values)} are no {kind} policy: {error}.") from None
+    except (TypeError, OverflowError) as error:
+        raise ConfigError(f"the settings {shown(dict(values))} are no {kind} policy: {first_line(error)}.") from None
 
 
 def exits_of(policy: ExitPolicy, num_exits: int) -> list[int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import torch
 from torch import nn, optim
 
 from shallowdeep.errors import FileFormatError
-from shallowdeep.storage import replacing, write_text
+from shallowdeep.networks.calls import first_line
+from shallowdeep.storage import misfits, parse_json, replacing, shown, sweep, write_text
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,8 @@ class Checkpoint:
 
     def sweep(self) -> None:
         """Remove what a killed process left half-written in the run folder, and nowhere deeper."""
-        if self.folder is None:
-            return
-        for place in (self.folder, self.folder / "traces", self.folder / "results"):
-            for partial in place.glob(".*.partial"):
-                partial.unlink(missing_ok=True)
+        if self.folder is not None:
+            sweep(self.folder)
 
     def save(
         self,
@@ -57,12 +57,14 @@ class Checkpoint:
         write_text(self.folder / "history.jsonl", "".join(json.dumps(record) + "\n" for record in history))
         with replacing(self.folder / "checkpoint.pt") as partial:
             try:
-                torch.save(state, partial)
-            except RuntimeError as error:  # how it reports a full disk
-                raise OSError(f"cannot write {self.folder / 'checkpoint.pt'}: {error}") from error
+                with partial.open("wb") as file:  # an open file says why it cannot be written; a path does not
+                    torch.save(state, file)
+            except RuntimeError as error:  # PyTorch's words for it, the disk's own behind them
+                why = first_line(error.__context__ if isinstance(error.__context__, OSError) else error)
+                raise OSError(f"cannot write {self.folder / 'checkpoint.pt'}: {why}") from error
 
     def load(self, sdn: nn.Module, optimizer: optim.Optimizer, phase: int) -> int:
-        """Bring a phase to where it was left.
+        """Bring a phase to where it was left; a checkpoint that is refused changes nothing.
 
         Returns:
             Epochs of this phase that are done already; all of them (a large number) where a later phase
@@ -74,22 +76,27 @@ class Checkpoint:
         state = self._read()
         if state is None or state["phase"] < phase:
             return 0
-        try:
-            sdn.load_state_dict(state["sdn"])
-            if state["phase"] > phase:
-                return 1_000_000_000
-            optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            why = " ".join(str(error).split())[:200]
+        wrong = misfits(sdn.state_dict(), state["sdn"])
+        if wrong:
             raise FileFormatError(
-                f"{self.folder}/checkpoint.pt is of another network ({why}). Use another folder."
-            ) from None
-        return state["epochs"]
+                f"{self.folder}/checkpoint.pt is of another network ({len(wrong)} names or shapes differ, "
+                f"first {shown(wrong[0])}). Use another folder."
+            )
+        if state["phase"] == phase:
+            if not _fits(optimizer, state["optimizer"].get("state")):
+                raise FileFormatError(
+                    f"{self.folder}/checkpoint.pt is of another network (its optimiser's). Use another folder."
+                )
+            # The settings are the recipe's own: those of the file could only be the same or damaged.
+            own = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own})
+        sdn.load_state_dict(state["sdn"])
+        return state["epochs"] if state["phase"] == phase else 1_000_000_000
 
     def read_history(self) -> list[dict[str, Any]]:
         """The records of the epochs done already."""
         state = self._read()
-        return [] if state is None else json.loads(state["history"])
+        return [] if state is None else state["history"]
 
     def _read(self) -> dict[str, Any] | None:
         if self.folder is None or not (self.folder / "checkpoint.pt").exists():
@@ -100,9 +107,49 @@ class Checkpoint:
         except Exception as error:  # a damaged file raises whatever its bytes happen to mean
             why = " ".join(str(error).split())[:200] or type(error).__name__
             raise FileFormatError(f"{path} is damaged or foreign ({why}). Remove it to start anew.") from None
-        if not isinstance(state, dict) or state.get("identity") != self.identity:
-            found = state.get("identity") if isinstance(state, dict) else type(state).__name__
+        found = state.get("identity") if isinstance(state, dict) else type(state).__name__
+        if not isinstance(state, dict) or not isinstance(found, str) or found != self.identity:
+            words = " ".join(found.split())[:1000] if isinstance(found, str) else shown(found)
             raise FileFormatError(
-                f"{path} belongs to another run ({found}); this one is ({self.identity}). Use another folder."
+                f"{path} belongs to another run ({words}); this one is ({self.identity}). Use another folder."
             )
-        return state
+        try:
+            return {**state, "history": _checked_history(state)}
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileFormatError(f"{path} is damaged or foreign ({error}). Remove it to start anew.") from None
+
+
+def _checked_history(state: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The records of the epochs done, once everything in a checkpoint is of its own type and agrees with them."""
+    kinds = {"phase": int, "epochs": int, "history": str}
+    for key, kind in kinds.items():
+        if type(state[key]) is not kind:
+            raise TypeError(f"its {key} is {shown(state[key])}")
+    for key in ("sdn", "optimizer"):
+        if not isinstance(state[key], dict):
+            raise TypeError(f"its {key} is a {type(state[key]).__name__}")
+    history = parse_json(state["history"])
+    if not isinstance(history, list) or not all(isinstance(record, dict) for record in history):
+        raise TypeError("its history is no list of records")
+    done = [record.get("phase") for record in history]
+    if not done or done[-1] != state["phase"] or done.count(state["phase"]) != state["epochs"]:
+        raise ValueError(f"its history ends before epoch {state['epochs']} of phase {state['phase']}, or after it")
+    return history
+
+
+def _fits(optimizer: optim.Optimizer, state: Any) -> bool:
+    """Whether what a file keeps for each weight is what this optimiser keeps after a step."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    like = nn.Parameter(torch.zeros(2, device=weights[0].device))
+    like.grad = torch.zeros_like(like)
+    settings = inspect.signature(type(optimizer)).parameters  # AdamW has a default that it does not take
+    stepped = type(optimizer)([like], **{key: v for key, v in optimizer.defaults.items() if key in settings})
+    stepped.step()
+    kept = stepped.state[like]
+    return isinstance(state, dict) and all(
+        type(number) is int
+        and 0 <= number < len(weights)
+        and isinstance(found, dict)
+        and not misfits({key: weights[number] if value.ndim else value for key, value in kept.items()}, found)
+        for number, found in state.items()
+    )
