@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from shallowdeep.cli import app, main
+from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.runs import Run
 from shallowdeep.traces.trace import Trace
 
@@ -169,13 +170,13 @@ def bad_inputs(runs, tmp_path):
         (["analyze", foreign], "did not write"),
         (["analyze", runs / "ic" / "sdn.safetensors"], "is a sdn, not a trace"),
         (["analyze", tmp_path / "gone"], "no file"),
-        (["calibrate", runs / "ic"], "either max_cost or max_accuracy_drop"),
+        (["calibrate", runs / "ic"], "one of max_cost, max_accuracy_drop, min_agreement"),
         (["calibrate", runs / "ic", "--max-cost", 0.01], "no confidence threshold has a cost of at most 0.01"),
         (["calibrate", runs / "ic", "--max-cost", 1, "--rule", "luck"], "no rule 'luck'"),
         (["calibrate", runs / "ic", "--max-cost", 1, "--reference", "luck"], "no reference 'luck'"),
         (["calibrate", runs / "ic", "--max-cost", 1, "--reference", "original"], "goes with max_accuracy_drop"),
         (["fit", "--device", "gpuu", "--out", out], "device 'gpuu' cannot be used here"),
-        (["fit", "--set", "recipe.batch_size=5000", "--out", out], "more than the 1257 images"),
+        (["fit", "--set", "recipe.batch_size=5000", "--out", out], "more than the 1257 samples"),
         (["fit", "--seed", 10**20, "--out", out], "seed = "),
         (["fit", "--set", "image_size=64", "--out", out], "image_size=64"),
         (["replay", runs / "ic", "--split", "foo"], "no split 'foo'"),
@@ -241,6 +242,17 @@ def test_an_archived_run_is_a_run(runs, tmp_path):
     assert size < 0.6 * sum(
         path.stat().st_size for path in runs.joinpath("ic").rglob("*") if path.name != "checkpoint.pt"
     )
+
+
+def test_a_run_is_shared_with_a_card_of_what_it_knows(runs, tmp_path):
+    run = Run.open(runs / "ic")
+    run.save_pretrained(tmp_path / "shared")
+    card = (tmp_path / "shared" / "README.md").read_text()
+    accuracy = run.trace("test").correct.double().mean(0).tolist()
+    assert all(f"{value:.4f}" in card for value in accuracy)
+    assert "- data: digits" in card
+    assert "- strategy: ic_only" in card
+    assert ShallowDeepNetwork.from_pretrained(tmp_path / "shared").taps == run.load().taps
 
 
 def test_a_network_without_errors_is_analysed_all_the_same(runs, tmp_path):

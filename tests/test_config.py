@@ -43,10 +43,14 @@ def test_bad_values_are_named(changes, message):
 VALUES = {
     "data": ("cifar10", "cifar10"),
     "data_dir": ("here", "here"),
+    "data_options": ('{labels = "coarse"}', {"labels": "coarse"}),
     "device": ("cpu", "cpu"),
+    "devices": ("2", 2),
     "image_size": ("64", 64),
     "init": ("runs/plain", "runs/plain"),
     "network": ("vgg16", "vgg16"),
+    "network_options": ("{pretrained = true}", {"pretrained": True}),
+    "num_nodes": ("3", 3),
     "recipe.batch_size": ("32", 32),
     "recipe.channels_last": ("true", True),
     "recipe.clip_norm": ("2", 2.0),
@@ -96,3 +100,21 @@ def test_missing_file(tmp_path):
 def test_keys_are_listed_dotted():
     assert "recipe.epochs" in config_keys()
     assert "recipe" not in config_keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "trained"),
+    [
+        ({"network": "resnet20"}, False),
+        ({"network": "resnet20", "init": "runs/plain"}, True),
+        ({"network": "resnet20", "network_options.weights": "w.safetensors"}, True),
+        ({"network": "timm:resnet18"}, False),
+        ({"network": "timm:resnet18", "network_options.pretrained": True}, True),
+        ({"network": "hf:vit"}, False),
+        ({"network": "hf:google/vit-base-patch16-224"}, True),
+        ({"network": "hf:google/vit-base-patch16-224", "network_options.pretrained": False}, False),
+        ({"network": "mine:net"}, True),
+    ],
+)
+def test_which_backbones_come_trained(changes, trained):
+    assert load_config(changes=changes).starts_trained == trained

@@ -10,12 +10,21 @@ if TYPE_CHECKING:
     from shallowdeep.analysis.confusion import confusion_scores, measure_confusion
     from shallowdeep.analysis.overthinking import measure_overthinking
     from shallowdeep.config import RunConfig, load_config
-    from shallowdeep.data.images import Augmentation, ImageSet, Splits
+    from shallowdeep.data.encoded import EncodedImages
+    from shallowdeep.data.files.stores import FileStore
+    from shallowdeep.data.images import ImageSet
     from shallowdeep.data.labels import LabelTree
+    from shallowdeep.data.preprocess import Preprocessing
+    from shallowdeep.data.samples import Augmentation, Samples, Splits
     from shallowdeep.data.sources import load_data
+    from shallowdeep.data.streams import Stream
+    from shallowdeep.data.tensors import TensorSet
     from shallowdeep.errors import ShallowDeepError
     from shallowdeep.networks.attach import attach
     from shallowdeep.networks.costs import Costs
+    from shallowdeep.networks.exits import InternalClassifier, TokenClassifier, VectorClassifier
+    from shallowdeep.networks.inputs import example_inputs_for, preprocessing_of
+    from shallowdeep.networks.multi_exit import MultiExitNetwork
     from shallowdeep.networks.sdn import ShallowDeepNetwork
     from shallowdeep.networks.sites import Site, probe
     from shallowdeep.networks.zoo import load_network
@@ -26,7 +35,7 @@ if TYPE_CHECKING:
     from shallowdeep.traces.record import record
     from shallowdeep.traces.trace import Trace, TraceInfo
     from shallowdeep.training.loop import fit
-    from shallowdeep.training.objectives import Exits, Joint, Plain
+    from shallowdeep.training.objectives import Distil, Exits, Joint, Plain
     from shallowdeep.training.recipes import Recipe, named_recipe
     from shallowdeep.training.strategies import Phase, named_strategy
 
@@ -35,12 +44,21 @@ _HOMES = {
     "analysis.confusion": ["confusion_scores", "measure_confusion"],
     "analysis.overthinking": ["measure_overthinking"],
     "config": ["RunConfig", "load_config"],
-    "data.images": ["Augmentation", "ImageSet", "Splits"],
+    "data.encoded": ["EncodedImages"],
+    "data.files.stores": ["FileStore"],
+    "data.images": ["ImageSet"],
     "data.labels": ["LabelTree"],
+    "data.preprocess": ["Preprocessing"],
+    "data.samples": ["Augmentation", "Samples", "Splits"],
     "data.sources": ["load_data"],
+    "data.streams": ["Stream"],
+    "data.tensors": ["TensorSet"],
     "errors": ["ShallowDeepError"],
     "networks.attach": ["attach"],
     "networks.costs": ["Costs"],
+    "networks.exits": ["InternalClassifier", "TokenClassifier", "VectorClassifier"],
+    "networks.inputs": ["example_inputs_for", "preprocessing_of"],
+    "networks.multi_exit": ["MultiExitNetwork"],
     "networks.sdn": ["ShallowDeepNetwork"],
     "networks.sites": ["Site", "probe"],
     "networks.zoo": ["load_network"],
@@ -51,7 +69,7 @@ _HOMES = {
     "traces.record": ["record"],
     "traces.trace": ["Trace", "TraceInfo"],
     "training.loop": ["fit"],
-    "training.objectives": ["Exits", "Joint", "Plain"],
+    "training.objectives": ["Distil", "Exits", "Joint", "Plain"],
     "training.recipes": ["Recipe", "named_recipe"],
     "training.strategies": ["Phase", "named_strategy"],
 }
@@ -62,27 +80,39 @@ __all__ = [
     "Confidence",
     "Costs",
     "Decisions",
+    "Distil",
+    "EncodedImages",
     "ExitPolicy",
     "Exits",
+    "FileStore",
     "ImageSet",
+    "InternalClassifier",
     "Joint",
     "LabelTree",
+    "MultiExitNetwork",
     "Patience",
     "Phase",
     "Plain",
+    "Preprocessing",
     "Recipe",
     "Run",
     "RunConfig",
+    "Samples",
     "ShallowDeepError",
     "ShallowDeepNetwork",
     "Site",
     "Splits",
+    "Stream",
+    "TensorSet",
+    "TokenClassifier",
     "Trace",
     "TraceInfo",
+    "VectorClassifier",
     "Verdict",
     "attach",
     "calibrate",
     "confusion_scores",
+    "example_inputs_for",
     "fit",
     "load_config",
     "load_data",
@@ -94,6 +124,7 @@ __all__ = [
     "named_strategy",
     "oracle",
     "policy_from_dict",
+    "preprocessing_of",
     "probe",
     "record",
     "replay",

@@ -38,22 +38,22 @@ def demo(
 def probe(
     network: Annotated[str | None, typer.Argument(help="network by name; without one: list the names")] = None,
     num_classes: Annotated[int, typer.Option(help="outputs of the network")] = 10,
-    image_size: Annotated[int, typer.Option(help="side of the images in pixels")] = 32,
+    image_size: Annotated[int | None, typer.Option(help="side of the images in pixels")] = None,
     shares: Annotated[list[float] | None, typer.Option(help="cost shares to place exits at (repeat)")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="option of the network, key=value (repeat)")] = None,
     everywhere: Annotated[bool, typer.Option(help="look inside every block, however cheap")] = False,
 ) -> None:
     """Prove where exits may sit, and show where they would."""
-    import torch
-
     from shallowdeep.networks.attach import SHARES, attach
+    from shallowdeep.networks.inputs import example_inputs_for
     from shallowdeep.networks.sites import probe
     from shallowdeep.networks.zoo import load_network, networks
 
     if network is None:
         typer.echo("\n".join(networks()))
         return
-    net = load_network(network, num_classes=num_classes, image_size=image_size)
-    example = torch.zeros(1, 3, image_size, image_size)
+    net = load_network(network, num_classes=num_classes, image_size=image_size, **_options(set_ or []))
+    example = example_inputs_for(net)
     sdn = attach(net, example, shares=tuple(shares or SHARES))
     total = sdn.costs.backbone_flops[-1]
     sites = probe(net, example, split_over=0.0 if everywhere else 0.1)
@@ -77,26 +77,34 @@ def probe(
 def fit(
     out: Annotated[Path, typer.Option(help="run folder to make")],
     config: Annotated[Path | None, typer.Option(help="TOML file with the keys of a RunConfig")] = None,
-    data: Annotated[str | None, typer.Option(help="data set: digits, cifar10, cifar100")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="digits, cifar10, cifar100, …; folder:PATH, parquet:PATH, hub:OWNER/NAME")
+    ] = None,
     data_dir: Annotated[str | None, typer.Option(help="folder with the data sets")] = None,
-    network: Annotated[str | None, typer.Option(help="network by name")] = None,
-    strategy: Annotated[str | None, typer.Option(help="plain, ic_only, joint or mixed")] = None,
+    network: Annotated[
+        str | None, typer.Option(help="by name; timm:NAME, torchvision:NAME, hf:NAME, package.module:function")
+    ] = None,
+    strategy: Annotated[str | None, typer.Option(help="plain, ic_only, joint, mixed or distil")] = None,
     recipe: Annotated[str | None, typer.Option(help="paper or fast")] = None,
     epochs: Annotated[int | None, typer.Option(help="of each phase")] = None,
     seed: Annotated[int | None, typer.Option(help="of initial weights, order and augmentation")] = None,
     threads: Annotated[int | None, typer.Option(help="of the CPU")] = None,
     init: Annotated[str | None, typer.Option(help="run whose backbone weights to start from")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, …")] = None,
+    devices: Annotated[int | None, typer.Option(help="processes on each machine, one a device")] = None,
+    num_nodes: Annotated[int | None, typer.Option(help="machines")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="any key, e.g. recipe.lr=0.1 (repeat)")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in that folder")] = False,
 ) -> None:
     """Train a Shallow-Deep Network into a run folder."""
     from shallowdeep.config import load_config
+    from shallowdeep.processes import is_first
     from shallowdeep.runs import Run
 
     named = {
         "data": data, "data_dir": data_dir, "network": network, "strategy": strategy, "recipe.name": recipe,
         "recipe.epochs": epochs, "seed": seed, "threads": threads, "init": init, "device": device,
+        "devices": devices, "num_nodes": num_nodes,
     }  # fmt: skip
     changes = {key: value for key, value in named.items() if value is not None} | _assignments(set_ or [])
     if resume and config is None and not changes:
@@ -104,6 +112,8 @@ def fit(
     else:
         run = Run.create(out, load_config(config, changes), resume=resume)
     sdn = run.fit(resume=resume)
+    if not is_first():
+        return
     if sdn.exits:
         _show("Exits", _placements(sdn))
     typer.echo(f"Trained: {run.weights}\nNext: shallowdeep record {out}")
@@ -112,22 +122,30 @@ def fit(
 @app.command()
 def record(run: RunFolder) -> None:
     """Run each split through the trained network once, and keep what every exit said."""
+    from shallowdeep.processes import is_first
     from shallowdeep.runs import Run
 
     for split, trace in Run.open(run).record().items():
-        typer.echo(f"{split}: {len(trace)} samples, {trace.num_exits} exits")
+        if is_first():
+            typer.echo(f"{split}: {len(trace)} samples, {trace.num_exits} exits")
 
 
 @app.command()
-def analyze(source: Annotated[Path, typer.Argument(help="run folder, or a Trace file")]) -> None:
+def analyze(
+    source: Annotated[Path, typer.Argument(help="run folder, or a Trace file")],
+    val: Annotated[Path | None, typer.Option(help="beside a file: Trace for thresholds (budgets)")] = None,
+    train: Annotated[Path | None, typer.Option(help="beside a file: Trace of training data (confusion)")] = None,
+) -> None:
     """Overthinking, confusion and accuracy within budgets, from what was recorded."""
-    from shallowdeep.analysis.overthinking import measure_overthinking
-    from shallowdeep.runs import Run
+    from shallowdeep.runs import Run, analyze_traces
     from shallowdeep.traces.trace import Trace
 
-    found = (
-        Run.open(source).analyze() if source.is_dir() else {"overthinking": measure_overthinking(Trace.load(source))}
-    )
+    if source.is_dir():
+        found = Run.open(source).analyze()
+    else:
+        found = analyze_traces(
+            Trace.load(source), *(None if path is None else Trace.load(path) for path in (val, train))
+        )
     for name, result in found.items():
         _show(name.capitalize(), result.rows())
         typer.echo(f"{result}\n")
@@ -138,6 +156,9 @@ def calibrate(
     run: RunFolder,
     max_cost: Annotated[float | None, typer.Option(help="mean cost allowed, 1.0 is the plain network")] = None,
     max_accuracy_drop: Annotated[float | None, typer.Option(help="accuracy that may be given up, e.g. 0.01")] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(help="share of the last exit's answers kept, e.g. 0.99")
+    ] = None,
     reference: Annotated[str, typer.Option(help="drop measured from: last exit, or original network")] = "last",
     original: Annotated[Path | None, typer.Option(help="run of the original network")] = None,
     rule: Annotated[str, typer.Option(help="confidence or patience")] = "confidence",
@@ -151,6 +172,7 @@ def calibrate(
         original=None if original is None else Run.open(original),
         max_cost=max_cost,
         max_accuracy_drop=max_accuracy_drop,
+        min_agreement=min_agreement,
         reference=reference,
         rule=rule,
         answer=answer,
@@ -205,6 +227,12 @@ def _assignments(texts: Sequence[str]) -> dict[str, str]:
         if not sign:
             raise ConfigError(f"--set takes key=value, got '{key}'.")
     return {key: value for key, _, value in pairs}
+
+
+def _options(texts: Sequence[str]) -> dict[str, Any]:
+    from shallowdeep.config import parse_value
+
+    return {key: parse_value(value) for key, value in _assignments(texts).items()}
 
 
 def main() -> None:

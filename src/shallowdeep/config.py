@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import tomllib
 from collections.abc import Mapping
@@ -13,13 +14,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shallowdeep.errors import ConfigError
 from shallowdeep.networks.attach import SHARES
+from shallowdeep.networks.zoo import NetworkSpec
+from shallowdeep.storage import first_problem, parse_json, shown
 from shallowdeep.training.recipes import Recipe, Trains, named_recipe
 
 
 class RecipeChoice(BaseModel):
     """A recipe by name, and what to change in it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = "fast"
     epochs: int | None = Field(default=None, gt=0, description="of each phase")
@@ -46,13 +49,17 @@ class RecipeChoice(BaseModel):
 class RunConfig(BaseModel):
     """Everything that decides a run's numbers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     data: str = "digits"
     data_dir: str | None = None
+    data_options: dict[str, Any] = Field(default={}, description="more of load_data, e.g. labels = 'coarse'")
     val_size: int | None = Field(default=None, gt=0)
     network: str = "resnet20"
-    image_size: int = 32
+    network_options: dict[str, Any] = Field(default={}, description="more of load_network, e.g. pretrained = true")
+    image_size: int | None = Field(
+        default=None, gt=0, description="in pixels; that of the data, or of a network that comes trained"
+    )
     shares: tuple[float, ...] = SHARES
     taps: tuple[str, ...] | None = None
     strategy: str = "joint"
@@ -63,7 +70,17 @@ class RunConfig(BaseModel):
         default=None, description="a run, or its sdn.safetensors, whose backbone weights to start from"
     )
     device: str = "auto"
+    devices: int | None = Field(default=None, gt=0, description="processes a machine; those of torchrun, else one")
+    num_nodes: int = Field(default=1, gt=0, description="machines")
     validate_every: int = Field(default=1, ge=0)
+
+    @property
+    def starts_trained(self) -> bool:
+        """Whether the backbone has weights that somebody trained, before this run; a function's are taken for it."""
+        options = self.network_options
+        fetched = self.network.startswith("hf:") and ("/" in self.network or Path(self.network[3:]).is_dir())
+        chosen = options.get("pretrained", fetched) or options.get("weights")
+        return bool(self.init or chosen or NetworkSpec(self.network).runs_code)
 
 
 def load_config(file: str | os.PathLike[str] | None = None, changes: Mapping[str, Any] | None = None) -> RunConfig:
@@ -88,19 +105,34 @@ def load_config(file: str | os.PathLike[str] | None = None, changes: Mapping[str
         for parent in parents:
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
-                raise ConfigError(f"unknown key '{key}': '{parent}' is no group of options.")
-        place[leaf] = _parse(value) if isinstance(value, str) else value
+                raise ConfigError(f"unknown key {shown(key)}: {shown(parent)} is no group of options.")
+        place[leaf] = parse_value(value) if isinstance(value, str) else value
     try:
-        return RunConfig.model_validate(values)
+        config = RunConfig.model_validate(values)
+        _check_kept(config)
+        return config
     except ValidationError as error:
         raise ConfigError(explain(error)) from None
 
 
-def _parse(text: str) -> Any:
+def _check_kept(config: RunConfig) -> None:
+    """Refuse what a run folder's config.json would not give back: dates, numbers that are none, words of no script."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        text = json.dumps(config.model_dump(mode="json"), ensure_ascii=False).encode()
+        same, why = RunConfig.model_validate(parse_json(text.decode())) == config, "a value comes back as another"
+    except (ValueError, RecursionError) as error:
+        same, why = False, str(error)
+    if not same:
+        raise ConfigError(f"the options cannot be kept as JSON ({why}). Change data_options or network_options.")
+
+
+def parse_value(text: str) -> Any:
+    """A value as TOML has it; text that is not one TOML value stays text."""
+    try:
+        found = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):  # TOML's own errors, a number of too many digits, or nested too deeply
         return text
+    return found["value"] if len(found) == 1 else text
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -108,7 +140,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"no file {path}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:  # TOML's own, no text, too many digits, nested too deeply
         raise ConfigError(f"cannot read {path} as TOML: {error}") from None
 
 
@@ -124,7 +156,7 @@ def explain(error: ValidationError) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, config_keys(), n=3)
-        return f"unknown key '{key}'. " + (
+        return f"unknown key {shown(key)}. " + (
             f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(config_keys())}"
         )
-    return f"{key} = {problem['input']!r}: {problem['msg'].lower()}."
+    return f"{first_problem(error)}."

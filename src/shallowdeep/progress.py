@@ -37,8 +37,11 @@ class Bar:
 
 
 @contextmanager
-def bar(title: str, total: int, *, done: int = 0, shown: bool = True) -> Iterator[Bar]:
-    """A progress bar on standard error with time spent and time left; nothing where that is no terminal."""
+def bar(title: str, total: int | None, *, done: int = 0, shown: bool = True) -> Iterator[Bar]:
+    """A progress bar on standard error with time spent and time left; nothing where that is no terminal.
+
+    A total of ``None`` is one that nobody knows.
+    """
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -53,7 +56,7 @@ def bar(title: str, total: int, *, done: int = 0, shown: bool = True) -> Iterato
         yield Bar(progress, progress.add_task(title, total=total, completed=done, text=""))
 
 
-def track(items: Iterable[T], total: int, title: str, *, shown: bool = True) -> Iterator[T]:
+def track(items: Iterable[T], total: int | None, title: str, *, shown: bool = True) -> Iterator[T]:
     """Pass items on, moving a progress bar at each."""
     with bar(title, total, shown=shown) as line:
         for item in items:

@@ -23,27 +23,31 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from pydantic import ValidationError
+from torch import Tensor, nn
 
 from shallowdeep.analysis.budgets import measure_budgets
 from shallowdeep.analysis.confusion import measure_confusion
 from shallowdeep.analysis.overthinking import measure_overthinking
 from shallowdeep.config import RunConfig, explain
-from shallowdeep.data.images import SPLITS, Splits
+from shallowdeep.data.samples import SPLITS, IndexedSamples, Splits
 from shallowdeep.data.sources import load_data
 from shallowdeep.errors import ConfigError, FileFormatError, TraceError, UnknownName
 from shallowdeep.networks.attach import attach
+from shallowdeep.networks.inputs import preprocessing_of
 from shallowdeep.networks.sdn import ShallowDeepNetwork
+from shallowdeep.networks.weights import put_weights
 from shallowdeep.networks.zoo import load_network
 from shallowdeep.policies.calibrate import calibrate
 from shallowdeep.policies.replay import Decisions, replay
 from shallowdeep.policies.rules import ExitPolicy, policy_from_dict
-from shallowdeep.storage import load_tensors, read_json, write_json, write_text
+from shallowdeep.processes import is_first, join, shard, wait_for_all
+from shallowdeep.storage import load_tensors, making, read_json, sweep, write_json, write_text
 from shallowdeep.traces.record import record
 from shallowdeep.traces.trace import Trace
 from shallowdeep.training.loop import fit
 from shallowdeep.training.strategies import named_strategy
 
-TRAIN_TRACE_SIZE = 10_000  # images of the training split that are recorded, for confusion's mean and spread
+TRAIN_TRACE_SIZE = 10_000  # samples of the training split that are recorded, for confusion's mean and spread
 
 
 class Run:
@@ -99,37 +103,48 @@ class Run:
         """Where the trained network lies."""
         return self.folder / "sdn.safetensors"
 
-    def load_data(self) -> Splits:
-        """The run's data."""
+    def load_data(self, net: nn.Module | None = None) -> Splits:
+        """The run's data; images prepared for a network that comes trained, where that is given."""
         config = self.config
-        return load_data(config.data, data_dir=config.data_dir, val_size=config.val_size)
+        options = {"data_dir": config.data_dir, "val_size": config.val_size, **config.data_options}
+        prepared = None if net is None or config.init else preprocessing_of(net)
+        if prepared is not None and config.starts_trained:
+            options["preprocessing"] = prepared
+        return load_data(config.data, **options)
 
     def build(self, data: Splits) -> ShallowDeepNetwork:
         """The run's network before training: fresh exits, and fresh or given backbone weights."""
         config = self.config
-        if config.strategy == "ic_only" and config.init is None:
-            raise ConfigError("ic_only trains the exits of a trained backbone. Give one: --init RUN")
-        side = data.example_inputs.shape[-1]
-        if config.image_size != side:
-            raise ConfigError(
-                f"the images have {side} pixels a side, the network is built for image_size={config.image_size}. "
-                f"Set image_size={side}."
-            )
+        if config.strategy in ("ic_only", "distil") and not config.starts_trained:
+            raise ConfigError(f"{config.strategy} trains the exits of a trained backbone. Give one: --init RUN")
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            net = load_network(config.network, num_classes=data.num_classes, image_size=config.image_size)
+            net = self.build_network(data)
             taps = () if config.strategy == "plain" else config.taps
             sdn = attach(net, data.example_inputs, shares=config.shares, taps=taps)
         if config.init is not None:
             _load_backbone(sdn, Path(config.init))
         return sdn
 
+    def build_network(self, data: Splits) -> nn.Module:
+        """The run's backbone, fresh or with the weights it comes with."""
+        config = self.config
+        size, side = config.image_size, _side(data.example_inputs)
+        if size is not None and side is not None and size != side:
+            raise ConfigError(
+                f"the images have {side} pixels a side, the network is built for image_size={size}. "
+                f"Set image_size={side}."
+            )
+        size = side if size is None and ":" not in config.network else size
+        return load_network(config.network, num_classes=data.num_classes, image_size=size, **config.network_options)
+
     def fit(self, *, resume: bool = False, progress: bool = True) -> ShallowDeepNetwork:
         """Train and save the network; one that is there already is only loaded."""
         if resume and self.weights.exists():
             return self.load()
         config = self.config
-        data = self.load_data()
+        join(config.device, devices=config.devices, num_nodes=config.num_nodes)
+        data = self._data_for_training()
         sdn = self.build(data)
         strategy = named_strategy(config.strategy, sdn, lambda trains: config.recipe.build(trains, config.network))
         with self._begun(data), _threads(config.threads):
@@ -139,52 +154,83 @@ class Run:
                 strategy=strategy,
                 seed=config.seed,
                 device=config.device,
+                devices=config.devices,
+                num_nodes=config.num_nodes,
                 folder=self.folder,
                 resume=resume,
                 validate_every=config.validate_every,
                 progress=progress,
             )
-        sdn.save(self.weights)
+        if is_first():
+            sdn.save(self.weights)
+        wait_for_all()
         return sdn
+
+    def _data_for_training(self) -> Splits:
+        data = self.load_data()
+        if not self.config.starts_trained or ":" not in self.config.network:
+            return data
+        return self.load_data(self.build_network(data))  # only the network knows how its images are prepared
 
     @contextmanager
     def _begun(self, data: Splits) -> Iterator[None]:
         """Write what the run is; where not even one epoch comes of it, leave no trace of it."""
-        notes = self.folder / "config.json", self.folder / "environment.json"
-        write_json(notes[0], self.config.model_dump(mode="json"))
-        with _threads(self.config.threads):
-            environment = describe_environment(data, self.config.device)
-        if notes[1].exists():
-            before = read_json(notes[1])
-            environment["earlier"] = [*before.pop("earlier", []), before]
-        write_json(notes[1], environment)
+        wait_for_all()  # all have seen the folder as it was
+        if not is_first():
+            yield
+            return
+        environment = self._environment(data)
         try:
+            write_json(self.folder / "config.json", self.config.model_dump(mode="json"))
+            write_json(self.folder / "environment.json", environment)
             yield
         except Exception:
             if not (self.folder / "checkpoint.pt").exists():
-                for note in notes:
-                    note.unlink()
-                if not any(self.folder.iterdir()):
+                for name in ("config.json", "environment.json", "history.jsonl"):
+                    (self.folder / name).unlink(missing_ok=True)
+                if self.folder.is_dir() and not any(self.folder.iterdir()):
                     self.folder.rmdir()
             raise
 
-    def load(self) -> ShallowDeepNetwork:
-        """The trained network, in evaluation mode."""
-        return ShallowDeepNetwork.load(self.weights).eval()
+    def _environment(self, data: Splits) -> dict[str, Any]:
+        """That of this start, and of those before it."""
+        with _threads(self.config.threads):
+            environment = describe_environment(data, self.config.device)
+        path = self.folder / "environment.json"
+        if path.exists():
+            before = read_json(path)
+            if not isinstance(before, dict) or not isinstance(before.get("earlier", []), list):
+                raise FileFormatError(f"{path} describes no environment. Remove it to go on without what it said.")
+            environment["earlier"] = [*before.pop("earlier", []), before]
+        return environment
 
-    def record(self, splits: Iterable[str] = ("train", "val", "test"), *, progress: bool = True) -> dict[str, Trace]:
-        """Record splits into ``traces/``; of the training split, 10,000 images at most."""
-        sdn, data = self.load(), self.load_data()
+    def load(self) -> ShallowDeepNetwork:
+        """The trained network, in evaluation mode.
+
+        Where the run's configuration names a function that builds the network, that is called.
+        """
+        return ShallowDeepNetwork.load(self.weights, trust_code=":" in self.config.network).eval()
+
+    def record(self, splits: Iterable[str] | None = None, *, progress: bool = True) -> dict[str, Trace]:
+        """Record splits (``None``: all there are) into ``traces/``; of the training split, 10,000 samples at most."""
+        config = self.config
+        join(config.device, devices=config.devices, num_nodes=config.num_nodes)
+        sdn = self.load()
+        data = self.load_data(sdn.backbone)
         if torch.cuda.is_available() and self.config.device != "cpu":
-            sdn.to("cuda")
+            sdn.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+        if is_first():
+            sweep(self.folder)
         traces = {}
-        for split in splits:
-            images = getattr(data, split)
-            if split == "train" and len(images) > TRAIN_TRACE_SIZE:
-                images = images.sample(TRAIN_TRACE_SIZE)
-            with _threads(self.config.threads):
-                traces[split] = record(sdn, images, strategy=self.config.strategy, progress=progress)
-            traces[split].save(self.folder / "traces" / f"{split}.safetensors")
+        for split in splits or [split for split in SPLITS if getattr(data, split) is not None]:
+            samples = data.split(split)
+            if split == "train" and isinstance(samples, IndexedSamples) and len(samples) > TRAIN_TRACE_SIZE:
+                samples = samples.sample(TRAIN_TRACE_SIZE)
+            with _threads(config.threads):
+                traces[split] = record(sdn, samples, strategy=config.strategy, progress=progress)
+            if is_first():
+                traces[split].save(self.folder / "traces" / f"{split}.safetensors")
+        wait_for_all()
         return traces
 
     def trace(self, split: str) -> Trace:
@@ -205,13 +251,8 @@ class Run:
     def analyze(self) -> dict[str, Result]:
         """Every analysis of the recorded splits, also written to ``results/``."""
         test = self.trace("test")
-        found: dict[str, Result] = {"overthinking": measure_overthinking(test)}
-        if test.num_exits > 1:
-            found["budgets"] = measure_budgets(self.trace("val"), test)
-            try:
-                found["confusion"] = measure_confusion(test, self.trace("train"))
-            except TraceError as error:  # a network without errors is no reason to lose the rest
-                warnings.warn(f"confusion is not measured: {error}", stacklevel=2)
+        single = test.num_exits == 1
+        found = analyze_traces(test, *(None if single else self.trace(split) for split in ("val", "train")))
         for name, result in found.items():
             self.write_result(name, result)
         return found
@@ -254,7 +295,7 @@ class Run:
         return decisions
 
     def archive(self, folder: str | os.PathLike[str]) -> None:
-        """Copy the run to where it can be kept: weights and Traces in half precision, no checkpoint.
+        """Copy the run, whole or not at all, to where it can be kept: in half precision, without checkpoint.
 
         Decisions replayed from half-precision logits may differ where a confidence lies within rounding of a
         threshold; ``results/`` is copied as it is.
@@ -269,20 +310,51 @@ class Run:
         place = Path(folder)
         Run.create(place, self.config)
         sdn, traces = self.load(), {split: self.trace(split) for split in SPLITS}
-        sdn.save(place / self.weights.name, dtype=torch.float16)
-        for split, trace in traces.items():
-            trace.save(place / "traces" / f"{split}.safetensors", dtype=torch.float16)
         texts = ["config.json", "environment.json", "history.jsonl", "policy.json"]
         texts += [f"results/{path.name}" for path in sorted((self.folder / "results").glob("*.json"))]
-        for name in texts:
-            if (self.folder / name).exists():
-                write_text(place / name, (self.folder / name).read_text(encoding="utf-8"))
+        with making(place) as partial:
+            sdn.save(partial / self.weights.name, dtype=torch.float16)
+            for split, trace in traces.items():
+                trace.save(partial / "traces" / f"{split}.safetensors", dtype=torch.float16)
+            for name in texts:
+                if (self.folder / name).exists():
+                    write_text(partial / name, (self.folder / name).read_text(encoding="utf-8"))
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the network and a model card that says what the run knows of it; see ``ShallowDeepNetwork``.
+
+        Where the test split is recorded, the card has the accuracy of every exit on it.
+        """
+        info: dict[str, Any] = {"data": self.config.data, "strategy": self.config.strategy}
+        if (self.folder / "traces" / "test.safetensors").exists():
+            test = self.trace("test")
+            info |= {"accuracy": test.correct.double().mean(0).tolist(), "split": "test"}
+        self.load().save_pretrained(folder, card_info=info)
 
     def write_result(self, name: str, result: Result, **more: Any) -> None:
         """Write a result to ``results/<name>.json``, with the configuration and environment it rests on."""
         environment = read_json(self.folder / "environment.json")
         values = {**more, **result.to_dict(), "config": self.config.model_dump(mode="json"), "environment": environment}
         write_json(self.folder / "results" / f"{name}.json", values)
+
+
+def analyze_traces(test: Trace, val: Trace | None = None, train: Trace | None = None) -> dict[str, Result]:
+    """Every analysis that some recorded splits allow.
+
+    Args:
+        test: what is reported.
+        val: what thresholds are chosen on, for budgets; ``None``: they are left out.
+        train: whose confusion gives mean and spread, for confusion; ``None``: it is left out.
+    """
+    found: dict[str, Result] = {"overthinking": measure_overthinking(test)}
+    if val is not None:
+        found["budgets"] = measure_budgets(val, test)
+    if train is not None:
+        try:
+            found["confusion"] = measure_confusion(test, train)
+        except TraceError as error:  # a network without errors is no reason to lose the rest
+            warnings.warn(f"confusion is not measured: {error}", stacklevel=2)
+    return found
 
 
 @runtime_checkable
@@ -298,15 +370,17 @@ class Result(Protocol):
         ...
 
 
+def _side(inputs: Any) -> int | None:
+    """Pixels a side of square images; ``None`` for other inputs."""
+    return inputs.shape[-1] if isinstance(inputs, Tensor) and inputs.ndim == 4 else None
+
+
 def _load_backbone(sdn: ShallowDeepNetwork, path: Path) -> None:
     path = path / "sdn.safetensors" if path.is_dir() else path
     tensors, _ = load_tensors(path, kind="sdn")
     prefix = "backbone."
     weights = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-    try:
-        sdn.backbone.load_state_dict(weights)
-    except RuntimeError as error:
-        raise FileFormatError(f"the backbone in {path} is another network: {str(error).splitlines()[0]}") from None
+    put_weights(sdn.backbone, weights, str(path))
 
 
 @contextmanager
@@ -325,13 +399,14 @@ def describe_environment(data: Splits, device: str) -> dict[str, Any]:
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "revision": _revision(),
-        "data_md5": {split: getattr(data, split).md5() for split in SPLITS},
+        "data_md5": {split: part.md5() for split in SPLITS if isinstance(part := getattr(data, split), IndexedSamples)},
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("shallowdeep", "torch", "numpy", "lightning-fabric")},
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "processes": shard()[1],
         "accelerator": torch.cuda.get_device_name() if device != "cpu" and torch.cuda.is_available() else None,
     }
 

@@ -13,6 +13,7 @@ from shallowdeep.policies.replay import replay
 from shallowdeep.policies.rules import Confidence, Patience
 
 TRACE = hand_trace()
+UNLABELLED = replace(TRACE, labels=None)
 VAL = make_trace(200, num_exits=5, num_classes=6, seed=2)
 RULES = st.sampled_from([("confidence", "last"), ("confidence", "most_confident"), ("patience", "last")])
 
@@ -97,10 +98,15 @@ def test_no_threshold_is_chosen_on_the_test_split():
 
 
 @pytest.mark.parametrize(
-    ("demands", "got"), [({}, "None and None"), ({"max_cost": 0.5, "max_accuracy_drop": 0.0}, "0.5 and 0.0")]
+    ("demands", "got"),
+    [
+        ({}, "none"),
+        ({"max_cost": 0.5, "max_accuracy_drop": 0.0}, "{'max_cost': 0.5, 'max_accuracy_drop': 0.0}"),
+        ({"max_cost": 0.5, "min_agreement": 0.0}, "{'max_cost': 0.5, 'min_agreement': 0.0}"),
+    ],
 )
 def test_one_demand_at_a_time(demands, got):
-    with pytest.raises(ConfigError, match=rf"either max_cost or max_accuracy_drop, got {got}\."):
+    with pytest.raises(ConfigError, match=rf"one of max_cost, max_accuracy_drop, min_agreement, got {got}\."):
         calibrate(TRACE, **demands)
 
 
@@ -145,9 +151,41 @@ def test_unknown_names(monkeypatch):
         calibrate(TRACE, max_cost=0.8, rule="patience", answer="most_confident")
 
 
-def test_labels_are_needed():
+def test_a_drop_needs_labels():
     with pytest.raises(TraceError, match="needs labels"):
-        calibrate(replace(TRACE, labels=None), max_cost=0.8)
+        calibrate(UNLABELLED, max_accuracy_drop=0.01)
+
+
+@pytest.mark.parametrize(("agreement", "threshold"), [(1.0, 0.675), (0.75, 0.625), (0.5, 0.3)])
+@pytest.mark.parametrize("trace", [TRACE, UNLABELLED])
+def test_an_agreement_by_hand(trace, agreement, threshold):
+    # the first exit answers 0 0 1 1, the last 0 1 0 1: sample 2 agrees from 0.65 on, sample 1 from 0.60
+    policy = calibrate(trace, min_agreement=agreement)
+    assert near(threshold, policy)
+    assert replay(trace, policy).agreement >= agreement
+
+
+@given(traces(), st.floats(0, 1))
+def test_an_agreement_is_kept_as_cheaply_as_brute_force_would(trace, agreement):
+    policy = calibrate(replace(trace, labels=None), min_agreement=agreement)
+    choices = reference.every_confidence_choice(replace(trace, labels=trace.predictions[:, -1]))
+    enough = [choice.cost for choice in choices if choice.accuracy >= agreement - 1e-9]
+    assert replay(trace, policy).cost == pytest.approx(min(enough), abs=1e-9)
+
+
+def test_a_budget_without_labels_keeps_the_most_agreement():
+    assert near(0.675, calibrate(UNLABELLED, max_cost=0.8))
+
+
+@pytest.mark.parametrize("agreement", [-0.1, 1.5])
+def test_an_agreement_is_a_share(agreement):
+    with pytest.raises(ConfigError, match=f"a share from 0 to 1, got min_agreement={agreement}"):
+        calibrate(TRACE, min_agreement=agreement)
+
+
+def test_an_agreement_is_with_the_last_exit_alone():
+    with pytest.raises(ConfigError, match="goes with max_accuracy_drop, not with min_agreement"):
+        calibrate(TRACE, min_agreement=0.9, reference="original")
 
 
 @pytest.mark.parametrize("exits", [None, (), (0, 2)])

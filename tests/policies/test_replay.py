@@ -26,13 +26,25 @@ def test_a_confidence_by_hand():
     assert decisions.cost == pytest.approx(0.75, abs=1e-15)
     assert decisions.exit_shares == [0.5, 0.25, 0.25]
     assert decisions.rows() == [
-        {"exit": 0, "share": 0.5, "accuracy": 0.5},
-        {"exit": 1, "share": 0.25, "accuracy": 1.0},
-        {"exit": 2, "share": 0.25, "accuracy": 0.0},
+        {"exit": 0, "share": 0.5, "accuracy": 0.5, "agreement": 1.0},
+        {"exit": 1, "share": 0.25, "accuracy": 1.0, "agreement": 1.0},
+        {"exit": 2, "share": 0.25, "accuracy": 0.0, "agreement": 1.0},
     ]
-    expected = {"n": 4, "accuracy": 0.5, "cost": pytest.approx(0.75), "exit_shares": [0.5, 0.25, 0.25]}
+    expected = {
+        "n": 4, "accuracy": 0.5, "agreement": 1.0, "cost": pytest.approx(0.75), "exit_shares": [0.5, 0.25, 0.25]
+    }  # fmt: skip
     assert json.loads(json.dumps(decisions.to_dict())) == expected
-    assert str(decisions) == ("accuracy 50.00 %, cost 75.0 % of the plain network, leaving at each exit (%): 50 25 25")
+    assert str(decisions) == (
+        "accuracy 50.00 %, agreement with the last exit 100.00 %, cost 75.0 % of the plain network, "
+        "leaving at each exit (%): 50 25 25"
+    )
+
+
+def test_agreement_by_hand():
+    decisions = replay(TRACE, Confidence(0.62))
+    assert decisions.predictions.tolist() == [0, 1, 1, 1]
+    assert decisions.agreement == 0.75  # the last exit says 0 1 0 1
+    assert [row["agreement"] for row in decisions.rows()] == [pytest.approx(2 / 3), 1.0, None]
 
 
 def test_a_patience_by_hand():
@@ -40,7 +52,7 @@ def test_a_patience_by_hand():
     assert decisions.exits.tolist() == [1, 2, 2, 1]
     assert decisions.predictions.tolist() == [0, 1, 0, 1]
     assert decisions.cost == pytest.approx(1.0, abs=1e-15)
-    assert decisions.rows()[0] == {"exit": 0, "share": 0.0, "accuracy": None}
+    assert decisions.rows()[0] == {"exit": 0, "share": 0.0, "accuracy": None, "agreement": None}
 
 
 def test_the_most_confident_answer_by_hand():
@@ -65,9 +77,9 @@ def test_shares_are_exact():
 def test_without_labels_there_are_decisions_and_no_accuracy():
     decisions = replay(UNLABELLED, Confidence(0.72))
     assert decisions.exits.tolist() == [0, 1, 2, 0]
-    assert decisions.rows()[1] == {"exit": 1, "share": 0.25}
+    assert decisions.rows()[1] == {"exit": 1, "share": 0.25, "agreement": 1.0}
     assert decisions.to_dict()["accuracy"] is None
-    assert str(decisions).startswith("cost 75.0 % of the plain network")
+    assert str(decisions).startswith("agreement with the last exit 100.00 %, cost 75.0 % of")
     with pytest.raises(TraceError, match="accuracy needs labels"):
         _ = decisions.accuracy
     for needs_labels in (oracle, sweep_confidence):

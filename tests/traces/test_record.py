@@ -147,14 +147,14 @@ def test_modes_and_hooks_come_back(crash, sdn):
 def test_images_of_another_shape(images, shape, sdn):
     with pytest.raises(NetworkError) as caught:
         record(sdn, make_images(**images))
-    assert f"does not take images of shape {shape}: " in str(caught.value)
+    assert f"does not take inputs of shape {shape}: " in str(caught.value)
     assert hooks(sdn) == 0
 
 
 def test_grey_images(sdn):
     grey = torch.zeros((4, 1, 16, 16), dtype=torch.uint8)
     images = make_images(n=4, images=grey, mean=(0.5,), std=(0.2,))
-    with pytest.raises(NetworkError, match=r"does not take images of shape \(1, 16, 16\)"):
+    with pytest.raises(NetworkError, match=r"does not take inputs of shape \(1, 16, 16\)"):
         record(sdn, images)
 
 

@@ -287,3 +287,83 @@ def test_a_permuted_trace_is_permuted_in_everything(order, seed):
     assert equal(Trace.merge([permuted]), trace)
     cut = [permuted.select(part) for part in torch.arange(6).split(4)]
     assert equal(Trace.merge(cut[::-1]), trace)
+
+
+def test_from_logits_of_arrays_and_lists():
+    arrays = [FIRST.numpy(), LAST.tolist()]
+    trace = Trace.from_logits(
+        arrays, labels=[1, 1, 2, 2], costs=[20, 50], split="val", class_names=("oak", "cat", "dog")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(trace.logits, (FIRST, LAST), strict=True))
+    assert trace.labels.tolist() == [1, 1, 2, 2]
+    assert trace.ids.tolist() == [0, 1, 2, 3]
+    assert trace.costs.relative().tolist() == [0.4, 1.0]
+    assert (trace.info.split, trace.info.class_names) == ("val", ("oak", "cat", "dog"))
+
+
+def test_from_logits_of_half_precision_on_a_graph_and_of_probabilities():
+    half = [FIRST.half().requires_grad_(), LAST.bfloat16()]
+    trace = Trace.from_logits(half, costs=COSTS, ids=[4, 3, 2, 1])
+    assert [x.dtype for x in trace.logits] == [torch.float32] * 2
+    assert (trace.labels, trace.ids.tolist(), trace.costs) == (None, [4, 3, 2, 1], COSTS)
+    shares = Trace.from_logits([FIRST.softmax(1), LAST.softmax(1)], costs=[0.4, 1.0], probabilities=True)
+    torch.testing.assert_close(shares.confidences, make().confidences)
+    certain = Trace.from_logits([[[0.0, 1.0]]], costs=[1.0], probabilities=True)
+    assert certain.confidences.tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"costs": None}, "costs are missing"),
+        ({"costs": [0.5]}, "has 2 exits, its costs have 1"),
+        ({"costs": [0.5, math.nan]}, "costs are finite numbers"),
+        ({"costs": [0.0, 0.0]}, "the last above 0"),
+        ({"costs": [2.0, 1.0]}, "must rise"),
+        ({"labels": [0.5, 1, 1, 1]}, "labels are torch.float64"),
+        ({"per_exit_logits": [FIRST[0], LAST]}, r"exit 0 has logits of shape \(3,\)"),
+        ({"probabilities": True}, "exit 0 holds no probabilities"),
+    ],
+)
+def test_from_logits_says_what_does_not_fit(changes, message):
+    parts = {"per_exit_logits": [FIRST, LAST], "labels": [1, 1, 2, 2], "costs": [0.4, 1.0]}
+    with pytest.raises(TraceError, match=message):
+        Trace.from_logits(**(parts | changes))
+
+
+def test_a_cascade_by_hand():
+    small = Trace.from_logits([FIRST], [1, 1, 2, 2], [25], ids=[5, 3, 7, 9], split="val", model="small")
+    large = make(costs=Costs((40, 100), (10, 0), (1, 2), (3, 0)))  # ids 7 3 9 5
+    both = Trace.cascade(small, Trace(large.logits, torch.tensor([2, 1, 2, 1]), large.ids, large.costs, large.info))
+    assert both.ids.tolist() == [7, 3, 9, 5]
+    assert torch.equal(both.logits[0], FIRST[[2, 1, 3, 0]])
+    assert torch.equal(both.logits[1], FIRST)
+    # alone the large network is 1.0: the small one adds its quarter, and its own exit a tenth
+    assert both.costs.relative().tolist() == [0.25, 0.75, 1.35]
+    assert both.costs.relative(exits=[0]).tolist() == [0.25, 0.65, 1.25]
+    assert (both.info.model, both.info.split) == ("small + tiny", "val")
+
+
+def test_a_cascade_of_costs_survives_a_file_and_a_selection(tmp_path):
+    small = Trace.from_logits([FIRST], [1, 1, 2, 2], [25], ids=[7, 3, 9, 5])
+    both = Trace.cascade(small, make())
+    both.save(tmp_path / "both.safetensors")
+    assert equal(Trace.load(tmp_path / "both.safetensors"), both)
+    assert both.select_exits([0, 2]).costs.relative().tolist() == [0.25, 1.25]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ids": [7, 3, 9, 6]}, "different samples"),
+        ({"labels": [1, 1, 2, 0]}, "label the same samples differently"),
+    ],
+)
+def test_a_cascade_is_of_the_same_samples(changes, message):
+    parts = {"per_exit_logits": [FIRST], "labels": [1, 1, 2, 2], "costs": [25], "ids": [7, 3, 9, 5]}
+    with pytest.raises(TraceError, match=message):
+        Trace.cascade(Trace.from_logits(**(parts | changes)), make())
+
+
+def test_agreement_takes_the_last_answers_for_labels():
+    assert make(labels=None).as_agreement().labels.tolist() == [1, 1, 2, 0]

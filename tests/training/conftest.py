@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from shallowdeep.data.images import Splits
+from shallowdeep.data.samples import Splits
 from shallowdeep.data.sources import load_data
 from shallowdeep.networks.attach import attach
 from shallowdeep.networks.sdn import ShallowDeepNetwork

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shallowdeep.training.objectives import Exits, Joint, Plain
+from shallowdeep.errors import ConfigError
+from shallowdeep.training.objectives import Distil, Exits, Joint, Plain
 
 SHARES = (0.15, 0.30, 0.45, 0.60, 0.75, 0.90)
 # softmax of these is (1/4, 3/4), (1/2, 1/2) and (3/5, 2/5)
@@ -85,3 +86,31 @@ def test_taus_of_the_authors_first_epoch_and_their_caps():
 
 def test_a_weight_below_the_start_is_never_exceeded():
     assert Joint((0.005,)).taus(0.0) == [0.005]
+
+
+def test_distil_by_hand():
+    # KL((3/5, 2/5) || (1/4, 3/4)) and KL((3/5, 2/5) || (1/2, 1/2)); labels are not looked at
+    first = 0.6 * math.log(0.6 / 0.25) + 0.4 * math.log(0.4 / 0.75)
+    second = 0.6 * math.log(0.6 / 0.5) + 0.4 * math.log(0.4 / 0.5)
+    assert float(Distil()(LOGITS, None, 0.5)) == pytest.approx(first + second, **ROUNDING)
+    assert float(Distil()(LOGITS, LABELS, 0.5)) == pytest.approx(first + second, **ROUNDING)
+
+
+def test_distil_softens_and_keeps_its_size():
+    # at temperature 2 the odds 3 : 2 become sqrt(3) : sqrt(2)
+    share = math.sqrt(3) / (math.sqrt(3) + math.sqrt(2))
+    expected = 4 * (share * math.log(share / 0.5) + (1 - share) * math.log((1 - share) / 0.5))
+    assert float(Distil(temperature=2.0)(LOGITS[1:], None, 0.0)) == pytest.approx(expected, **ROUNDING)
+
+
+def test_distil_is_a_mean_over_the_batch_and_teaches_the_internal_exits_alone():
+    logits = [torch.cat([x, x]).requires_grad_() for x in LOGITS]
+    loss = Distil()(logits, None, 0.0)
+    assert loss.item() == pytest.approx(float(Distil()(LOGITS, None, 0.0)), **ROUNDING)
+    loss.backward()
+    assert [x.grad is not None for x in logits] == [True, True, False]
+
+
+def test_distil_refuses_a_temperature_of_nothing():
+    with pytest.raises(ConfigError, match=r"a temperature is above 0, got 0\.0"):
+        Distil(temperature=0.0)

@@ -3,7 +3,7 @@ import pytest
 from shallowdeep.errors import ConfigError, UnknownName
 from shallowdeep.networks.attach import attach
 from shallowdeep.networks.zoo import load_network
-from shallowdeep.training.objectives import Exits, Joint, Plain
+from shallowdeep.training.objectives import Distil, Exits, Joint, Plain
 from shallowdeep.training.recipes import Recipe, named_recipe
 from shallowdeep.training.strategies import STRATEGIES, Phase, named_strategy, with_epochs
 
@@ -12,6 +12,7 @@ PHASES = {
     "ic_only": [(Exits, "exits")],
     "joint": [(Joint, "all")],
     "mixed": [(Plain, "backbone"), (Joint, "all")],
+    "distil": [(Distil, "exits")],
 }
 
 
@@ -41,7 +42,7 @@ def test_paper_weight_decay_follows_the_network(resnet, build):
     assert named_strategy("joint", build(), "paper")[0].recipe.weight_decay == 5e-4
 
 
-@pytest.mark.parametrize("name", ["ic_only", "joint", "mixed"])
+@pytest.mark.parametrize("name", ["ic_only", "joint", "mixed", "distil"])
 def test_internal_exits_are_needed(name, build):
     with pytest.raises(ConfigError, match=f"'{name}' trains internal exits, and this network has none"):
         named_strategy(name, build(taps=()))

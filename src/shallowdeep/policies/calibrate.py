@@ -16,6 +16,7 @@ def calibrate(
     *,
     max_cost: float | None = None,
     max_accuracy_drop: float | None = None,
+    min_agreement: float | None = None,
     reference: str = "last",
     original: Trace | None = None,
     rule: str = "confidence",
@@ -26,11 +27,12 @@ def calibrate(
     """Choose a policy's threshold on validation data.
 
     Args:
-        trace: of the validation split, with labels.
+        trace: of the validation split.
         max_cost: budget, mean cost as a share of the plain backbone. Chosen is the highest accuracy within
-            it (of equals the cheapest).
+            it (of equals the cheapest); without labels, the highest agreement with the last exit.
         max_accuracy_drop: accuracy that may be given up, e.g. 0.01. Chosen is the lowest cost within it.
-            Exactly one of the two is given.
+        min_agreement: share of answers that must be the last exit's own, e.g. 0.99; needs no labels. Chosen is
+            the lowest cost within it. Exactly one of the three is given.
         reference: what the drop is measured from: this network's ``"last"`` exit, or the ``"original"``
             network, trained alone.
         original: the original network's Trace of the same samples. Not needed after IC-only training,
@@ -45,28 +47,37 @@ def calibrate(
 
     Raises:
         UnknownName: there is no such rule or reference.
-        TraceError: the Trace has no labels.
+        TraceError: a drop in accuracy is asked for, and the Trace has no labels.
         CalibrationError: the demand cannot be met, or the split is the test split.
-        ConfigError: both demands or none are given, or a setting that the rule or reference has no use for.
+        ConfigError: several demands or none are given, or a setting that the rule or reference has no use for.
 
     Cite: Kaya, Hong & Dumitras, ICML 2019, section 5.1; the authors' code chooses on the test split.
     """
-    if (max_cost is None) == (max_accuracy_drop is None):
-        raise ConfigError(f"give either max_cost or max_accuracy_drop, got {max_cost} and {max_accuracy_drop}.")
+    demands = {"max_cost": max_cost, "max_accuracy_drop": max_accuracy_drop, "min_agreement": min_agreement}
+    given = {name: value for name, value in demands.items() if value is not None}
+    if len(given) != 1:
+        raise ConfigError(f"give one of {', '.join(demands)}, got {given or 'none'}.")
     if reference not in REFERENCES:
         raise UnknownName("reference", reference, REFERENCES)
-    if max_cost is not None and reference != "last":
-        raise ConfigError(f"reference={reference!r} goes with max_accuracy_drop, not with max_cost.")
+    if max_accuracy_drop is None and reference != "last":
+        raise ConfigError(f"reference={reference!r} goes with max_accuracy_drop, not with {next(iter(given))}.")
+    if min_agreement is not None and not 0 <= min_agreement <= 1:
+        raise ConfigError(f"an agreement is a share from 0 to 1, got min_agreement={min_agreement}.")
     if original is not None and reference != "original":
         raise ConfigError(
             f"an original network is given, but the drop is measured from {reference!r}: pass reference='original'."
         )
     if not allow_test:
         refuse_test(trace)
+    if min_agreement is not None or (max_cost is not None and trace.labels is None):
+        trace = trace.as_agreement()
     curve = sweep_rule(trace, rule, exits=exits, answer=answer)
     if max_cost is not None:
         chosen = curve.best_within(max_cost)
         demand = f"a cost of at most {max_cost}: the cheapest threshold costs {curve.cost.min():.4f}"
+    elif min_agreement is not None:
+        chosen = curve.cheapest_above(min_agreement)
+        demand = f"an agreement of at least {min_agreement}: the best threshold reaches {curve.accuracy.max():.4f}"
     else:
         assert max_accuracy_drop is not None
         floor = reference_accuracy(trace, reference, original) - max_accuracy_drop

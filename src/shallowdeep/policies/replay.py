@@ -27,6 +27,7 @@ class Decisions:
         costs: of each sample, as a share of the plain backbone, shape ``(n,)``.
         labels: true classes, or ``None``.
         num_exits: of the network.
+        last: the last exit's answers, shape ``(n,)``.
     """
 
     exits: Int[Tensor, " n"]
@@ -34,6 +35,7 @@ class Decisions:
     costs: Float64[Tensor, " n"]
     labels: Int[Tensor, " n"] | None
     num_exits: int
+    last: Int[Tensor, " n"]
 
     @cached_property
     def predictions(self) -> Int[Tensor, " n"]:
@@ -48,6 +50,11 @@ class Decisions:
         return (self.predictions == self.labels).double().mean().item()
 
     @property
+    def agreement(self) -> float:
+        """Share of answers that are the last exit's own; needs no labels."""
+        return (self.predictions == self.last).double().mean().item()
+
+    @property
     def cost(self) -> float:
         """Mean cost as a share of the plain backbone."""
         return self.costs.mean().item()
@@ -58,11 +65,12 @@ class Decisions:
         return (torch.bincount(self.exits, minlength=self.num_exits).double() / len(self.exits)).tolist()
 
     def to_dict(self) -> dict[str, Any]:
-        """Accuracy, cost and exits used, as JSON-able values."""
+        """Accuracy, agreement, cost and exits used, as JSON-able values."""
         accuracy = None if self.labels is None else self.accuracy
         return {
             "n": len(self.exits),
             "accuracy": accuracy,
+            "agreement": self.agreement,
             "cost": self.cost,
             "exit_shares": self.exit_shares,
         }
@@ -74,15 +82,22 @@ class Decisions:
             here = self.exits == exit
             row: dict[str, Any] = {"exit": exit, "share": share}
             if self.labels is not None:
-                right = (self.predictions == self.labels)[here]
-                row["accuracy"] = right.double().mean().item() if len(right) else None
+                row["accuracy"] = _share((self.predictions == self.labels)[here])
+            row["agreement"] = _share((self.predictions == self.last)[here])
             rows.append(row)
         return rows
 
     def __str__(self) -> str:
         accuracy = "" if self.labels is None else f"accuracy {100 * self.accuracy:.2f} %, "
         shares = " ".join(f"{100 * share:.0f}" for share in self.exit_shares)
-        return f"{accuracy}cost {100 * self.cost:.1f} % of the plain network, leaving at each exit (%): {shares}"
+        return (
+            f"{accuracy}agreement with the last exit {100 * self.agreement:.2f} %, "
+            f"cost {100 * self.cost:.1f} % of the plain network, leaving at each exit (%): {shares}"
+        )
+
+
+def _share(right: Tensor) -> float | None:
+    return right.double().mean().item() if len(right) else None
 
 
 def replay(trace: Trace, policy: ExitPolicy) -> Decisions:
@@ -111,7 +126,11 @@ def replay(trace: Trace, policy: ExitPolicy) -> Decisions:
         answers = torch.where(leaving[:, None], verdict.scores, answers)
         state = verdict.state
     costs = trace.costs.relative(exits[:-1])[left]
-    return Decisions(left, answers, costs, trace.labels, trace.num_exits)
+    return Decisions(left, answers, costs, trace.labels, trace.num_exits, _last_answers(trace))
+
+
+def _last_answers(trace: Trace) -> Int[Tensor, " n"]:
+    return trace.logits[-1].softmax(-1).argmax(-1)
 
 
 def oracle(trace: Trace) -> Decisions:
@@ -130,6 +149,7 @@ def oracle(trace: Trace) -> Decisions:
         trace.costs.relative()[first],
         trace.labels,
         trace.num_exits,
+        _last_answers(trace),
     )
 
 

@@ -2,73 +2,132 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from shallowdeep.data.images import ImageSet
-from shallowdeep.errors import NetworkError
+from shallowdeep.data.pytrees import map_tensors
+from shallowdeep.data.samples import Samples
+from shallowdeep.data.streams import as_samples
+from shallowdeep.errors import ConfigError, NetworkError
 from shallowdeep.networks.calls import evaluating
+from shallowdeep.networks.multi_exit import MultiExitNetwork
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.networks.zoo import spec_of
+from shallowdeep.processes import gather, is_first, shard
 from shallowdeep.progress import track
 from shallowdeep.traces.trace import Trace, TraceInfo
 
 
 def record(
-    sdn: ShallowDeepNetwork,
-    images: ImageSet,
+    network: nn.Module,
+    data: Samples | Iterable[Any] | Callable[[], Iterable[Any]],
     *,
     batch_size: int = 500,
+    split: str | None = None,
     strategy: str = "",
     progress: bool = False,
 ) -> Trace:
-    """Run a split through the network once and keep every exit's logits.
+    """Run a split through a network once and keep every exit's logits.
 
     In float32 (TF32 and autocast off), in evaluation mode, without augmentation, on the device of the
-    network's weights. Beside the logits, memory does not grow with the split.
+    network's weights. Beside the logits, memory does not grow with the split. Several processes share the
+    split out, and each gets the whole Trace.
 
     Args:
-        sdn: the network; its mode is restored.
-        images: the split.
-        batch_size: images in a forward.
+        network: a Shallow-Deep Network; or any other, with one exit or with a list of logits of its own (it is
+            wrapped in ``MultiExitNetwork``). Its mode is restored.
+        data: the samples, or any iterable of batches ``(inputs, labels)`` or of inputs alone, such as a
+            ``DataLoader``, which is streamed.
+        batch_size: samples in a forward; an iterable keeps its own.
+        split: ``"train"``, ``"val"`` or ``"test"``, where the data does not say it.
         strategy: how the exits were trained, noted in the Trace.
         progress: draw a bar on the terminal.
 
     Returns:
-        The Trace, on the CPU, in the order of the split.
+        The Trace, on the CPU, in the order of the split (of several processes: ordered by id); without labels
+        where the data has none.
 
     Raises:
-        NetworkError: the images do not fit the network, or it has fewer outputs than there are classes.
+        NetworkError: the samples do not fit the network, or it has fewer outputs than there are classes.
+        DataError: the data is no samples, or has none.
     """
-    if sdn.num_outputs < images.num_classes:
+    samples = as_samples(data, split=split or "")
+    sdn = _with_exits(network, samples)
+    if sdn.num_outputs < samples.num_classes:
         raise NetworkError(
-            f"the network has {sdn.num_outputs} outputs, the data {images.num_classes} classes. "
-            f"Build it with num_classes={images.num_classes}."
+            f"the network has {sdn.num_outputs} outputs, the data {samples.num_classes} classes. "
+            f"Build it with num_classes={samples.num_classes}."
         )
-    device = next(sdn.parameters()).device
-    logits = [torch.empty(len(images), sdn.num_outputs) for _ in range(sdn.num_exits)]
+    device = _device(sdn)
     batches = track(
-        images.batches(batch_size), images.num_batches(batch_size), f"record {images.split}", shown=progress
+        samples.batches(batch_size, shard=shard()),
+        _num_batches(samples, batch_size),
+        f"record {split or samples.split}",
+        shown=progress and is_first(),
     )
+    logits: list[list[Tensor]] = [[] for _ in range(sdn.num_exits)]
+    labels, ids = [], []
     with evaluating(sdn), _exact_float32(), torch.autocast(device.type, enabled=False), sdn.tapped():
-        for start, batch in zip(range(0, len(images), batch_size), batches, strict=True):
-            for store, found in zip(logits, _forward(sdn, batch.inputs.to(device)), strict=True):
-                store[start : start + len(found)] = found
-    return Trace(tuple(logits), images.labels.cpu(), images.ids.cpu(), sdn.costs, _info(sdn, images, strategy))
+        for batch in batches:
+            for store, found in zip(logits, _forward(sdn, batch.inputs, device), strict=True):
+                store.append(found.float().cpu())
+            labels.append(batch.labels)
+            ids.append(batch.ids.cpu())
+    trace = Trace(
+        tuple(_joined(store) for store in logits),
+        None if None in labels else torch.cat(labels).cpu(),
+        torch.cat(ids),
+        sdn.costs,
+        _info(sdn, samples, split, strategy),
+    )
+    return Trace.merge(gather(trace)) if shard()[1] > 1 else trace
 
 
-def _forward(sdn: ShallowDeepNetwork, inputs: Tensor) -> list[Tensor]:
+def _with_exits(network: nn.Module, samples: Samples) -> ShallowDeepNetwork | MultiExitNetwork:
+    if isinstance(network, ShallowDeepNetwork | MultiExitNetwork):
+        return network
+    device = _device(network)
+    return MultiExitNetwork(network, map_tensors(lambda t: t.to(device), samples.example_inputs))
+
+
+def _device(network: nn.Module) -> torch.device:
+    weight = next(network.parameters(), None)
+    return torch.device("cpu") if weight is None else weight.device
+
+
+def _num_batches(samples: Samples, batch_size: int) -> int | None:
     try:
-        return sdn(inputs)
+        return samples.num_batches(batch_size)
+    except ConfigError:  # a stream may not know
+        return None
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """One tensor of many, which are let go: both together would be twice the memory for every exit at once."""
+    whole = torch.cat(parts)
+    parts.clear()
+    return whole
+
+
+def _forward(sdn: ShallowDeepNetwork | MultiExitNetwork, inputs: Any, device: torch.device) -> list[Tensor]:
+    try:
+        return sdn(map_tensors(lambda t: t.to(device), inputs))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         why = " ".join(str(error).split())[:200]
-        raise NetworkError(f"the network does not take images of shape {tuple(inputs.shape[1:])}: {why}") from error
+        raise NetworkError(f"the network does not take inputs of {_shapes(inputs)}: {why}") from error
+
+
+def _shapes(inputs: Any) -> str:
+    shapes: list[str] = []
+    map_tensors(lambda t: shapes.append(f"shape {tuple(t.shape[1:])}") or t, inputs)
+    return " and ".join(shapes)
 
 
 @contextmanager
@@ -89,15 +148,15 @@ def _exact_float32() -> Iterator[None]:
             setattr(place, switch, value)
 
 
-def _info(sdn: ShallowDeepNetwork, images: ImageSet, strategy: str) -> TraceInfo:
+def _info(sdn: ShallowDeepNetwork | MultiExitNetwork, samples: Samples, split: str | None, strategy: str) -> TraceInfo:
     spec = spec_of(sdn.backbone)
     return TraceInfo(
         model=type(sdn.backbone).__name__ if spec is None else spec.name,
-        data=images.name,
-        split=images.split,
+        data=samples.name,
+        split=split or samples.split,
         label_spaces=sdn.label_spaces,
-        class_names=images.class_names,
-        tree=images.tree,
+        class_names=samples.class_names,
+        tree=samples.tree,
         strategy=strategy,
         versions={"shallowdeep": version("shallowdeep"), "torch": str(torch.__version__)},
     )

@@ -8,14 +8,16 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from shallowdeep.data.labels import LabelTree
 from shallowdeep.errors import FileFormatError, TraceError
+from shallowdeep.networks.calls import first_line
 from shallowdeep.networks.costs import Costs
-from shallowdeep.storage import load_tensors, save_tensors
+from shallowdeep.storage import load_tensors, read_as, save_tensors
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,83 @@ class Trace:
             low, high = int(self.labels.min()), int(self.labels.max())
             raise TraceError(f"labels run from {low} to {high}, the last exit has outputs 0 to {self.num_outputs - 1}.")
 
+    @classmethod
+    def from_logits(
+        cls,
+        per_exit_logits: Iterable[Any],
+        labels: Any = None,
+        costs: Costs | Iterable[int | float] | None = None,
+        *,
+        ids: Any = None,
+        split: str = "",
+        class_names: Iterable[str] = (),
+        model: str = "",
+        data: str = "",
+        probabilities: bool = False,
+    ) -> Trace:
+        """A Trace of anybody's multi-exit model, from its logits.
+
+        Args:
+            per_exit_logits: one array ``(n, outputs)`` per exit, shallow to deep, of NumPy, PyTorch, JAX,
+                TensorFlow or anything that ``numpy.asarray`` takes.
+            labels: true classes ``(n,)``, whole numbers; ``None``: there are none.
+            costs: total cost up to each exit in any unit (FLOPs, milliseconds), the last being the plain network's;
+                or ``Costs``. There is no default: exits in equal steps would be an invention.
+            ids: of the samples; ``None``: their number in order.
+            split: ``"train"``, ``"val"`` or ``"test"``; thresholds are not chosen on ``"test"``.
+            class_names: of the labels.
+            model: name of the model.
+            data: name of the data set.
+            probabilities: the arrays hold probabilities; their logarithms are kept.
+
+        Raises:
+            TraceError: the arrays, labels, ids or costs do not fit together, or costs are missing.
+
+        >>> trace = Trace.from_logits([[[2.0, 0.0]], [[0.0, 1.0]]], labels=[1], costs=[0.4, 1.0])
+        >>> trace.correct
+        tensor([[False,  True]])
+        """
+        logits = tuple(_matrix(array, number, probabilities) for number, array in enumerate(per_exit_logits))
+        if costs is None:
+            raise TraceError("costs are missing. Pass the total cost up to each exit, e.g. costs=[0.3, 0.7, 1.0].")
+        found = None if labels is None else _vector(labels, "labels")
+        return cls(
+            logits,
+            found,
+            torch.arange(len(logits[0]) if logits else 0) if ids is None else _vector(ids, "ids"),
+            costs if isinstance(costs, Costs) else Costs.from_totals(costs),
+            TraceInfo(model=model, data=data, split=split, class_names=tuple(class_names)),
+        )
+
+    @staticmethod
+    def cascade(small: Trace, large: Trace) -> Trace:
+        """One Trace of two separately trained networks: all exits of the small one, then all of the large one.
+
+        Whoever is not stopped by the small network runs the large one from its beginning. The cost of the
+        large network alone is 1.0, so running both to the end costs more.
+
+        Args:
+            small: of the network that runs first, every sample.
+            large: of the same samples, in any order.
+
+        Returns:
+            The Trace, in the order of ``large``; its split is that of both.
+
+        Raises:
+            TraceError: the samples, labels or widths of the two differ.
+        """
+        rows = _same_samples(small, large)
+        first = small.select(rows)
+        if first.labels is not None and large.labels is not None and not torch.equal(first.labels, large.labels):
+            raise TraceError("the two Traces label the same samples differently. Record both on the same data.")
+        return replace(
+            large,
+            logits=first.logits + large.logits,
+            labels=large.labels if large.labels is not None else first.labels,
+            costs=_stacked(small.costs, large.costs),
+            info=replace(large.info, model=f"{small.info.model or 'small'} + {large.info.model or 'large'}"),
+        )
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -138,6 +217,10 @@ class Trace:
         if self.labels is None:
             raise TraceError("this needs labels, and the Trace has none. Record a labelled split.")
         return self.labels
+
+    def as_agreement(self) -> Trace:
+        """The same Trace with the last exit's answers for labels: accuracy then is agreement with them."""
+        return replace(self, labels=self.predictions[:, -1])
 
     def select(self, rows: Int[Tensor, " m"] | Bool[Tensor, " n"]) -> Trace:
         """The same Trace with only some samples, by index or mask."""
@@ -201,11 +284,61 @@ class Trace:
         num_exits = sum(name.startswith("logits.") for name in tensors)
         try:
             return cls(
-                logits=tuple(tensors[f"logits.{i}"].float() for i in range(num_exits)),
-                labels=tensors.get("labels"),
-                ids=tensors["ids"],
-                costs=Costs.from_dict(info["costs"]),
-                info=TraceInfo.from_dict(info["info"]),
+                logits=tuple(_stored_logits(tensors[f"logits.{i}"], path) for i in range(num_exits)),
+                labels=_vector(tensors["labels"], "labels") if "labels" in tensors else None,
+                ids=_vector(tensors["ids"], "ids"),
+                costs=read_as(Costs, info["costs"]),
+                info=read_as(TraceInfo, info["info"]),
             )
         except (KeyError, TypeError) as error:
-            raise FileFormatError(f"{path} lacks a part of a Trace, or has one too many: {error}.") from None
+            raise FileFormatError(
+                f"{path} lacks a part of a Trace, or has one too many: {first_line(error)}."
+            ) from None
+
+
+def _stored_logits(tensor: Tensor, path: object) -> Tensor:
+    if tensor.ndim != 2 or not tensor.shape[1] or not tensor.is_floating_point():
+        raise FileFormatError(
+            f"{path} is damaged: it has {tensor.dtype} of shape {tuple(tensor.shape)} for logits. Record it anew."
+        )
+    return tensor.float()
+
+
+def _matrix(array: Any, number: int, probabilities: bool) -> Tensor:
+    found = torch.as_tensor(array if isinstance(array, Tensor) else np.asarray(array)).detach().cpu().float()
+    if found.ndim != 2:
+        raise TraceError(f"exit {number} has logits of shape {tuple(found.shape)}; give (samples, outputs).")
+    if probabilities:
+        if bool((found < 0).any()) or not torch.allclose(found.sum(1), torch.ones(len(found)), atol=1e-3):
+            raise TraceError(f"exit {number} holds no probabilities: rows must sum to 1. Leave probabilities= out.")
+        found = found.clamp_min(torch.finfo(torch.float32).tiny).log()
+    return found
+
+
+def _vector(array: Any, what: str) -> Tensor:
+    found = torch.as_tensor(array if isinstance(array, Tensor) else np.asarray(array)).detach().cpu()
+    if found.ndim != 1 or found.is_floating_point() or found.is_complex():
+        raise TraceError(f"{what} are {found.dtype} of shape {tuple(found.shape)}; give whole numbers, one per sample.")
+    return found.long()
+
+
+def _same_samples(small: Trace, large: Trace) -> Tensor:
+    """Rows of ``small`` in the order of ``large``'s samples."""
+    order, wanted = small.ids.argsort(), large.ids.argsort()
+    if not torch.equal(small.ids[order], large.ids[wanted]):
+        raise TraceError("the two Traces hold different samples (by their ids). Record both on the same data.")
+    rows = torch.empty_like(order)
+    rows[wanted] = order
+    return rows
+
+
+def _stacked(small: Costs, large: Costs) -> Costs:
+    """Costs of a cascade: the large network begins after the whole small one; alone it is 1.0."""
+    flops, params = small.backbone_flops[-1], small.backbone_params[-1]
+    return Costs(
+        backbone_flops=small.backbone_flops + tuple(flops + value for value in large.backbone_flops),
+        head_flops=small.head_flops + large.head_flops,
+        backbone_params=small.backbone_params + tuple(params + value for value in large.backbone_params),
+        head_params=small.head_params + large.head_params,
+        plain_flops=large.plain_flops or large.backbone_flops[-1],
+    )

@@ -5,37 +5,42 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from shallowdeep.data.images import Augmentation, Batch, ImageSet, Splits
-from shallowdeep.errors import ConfigError, NetworkError, TrainingDiverged
-from shallowdeep.networks.calls import first_line
+from shallowdeep.data.samples import Augmentation, Batch, Samples, Splits
+from shallowdeep.data.streams import as_splits
+from shallowdeep.errors import ConfigError, DataError, NetworkError, TrainingDiverged
 from shallowdeep.networks.sdn import ShallowDeepNetwork
+from shallowdeep.processes import is_first, make_fabric, shard
 from shallowdeep.progress import Bar, bar
 from shallowdeep.training.checkpoint import Checkpoint
 from shallowdeep.training.recipes import Recipe
 from shallowdeep.training.strategies import Phase, RecipeFor, Strategy, named_strategy, with_epochs
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 REPORT_EVERY = 20  # batches between two looks at the loss: each waits for the device
 
 
 def fit(
     sdn: ShallowDeepNetwork,
-    data: Splits,
+    data: Splits | Samples | Iterable[Any] | Callable[[], Iterable[Any]],
     *,
     strategy: str | Strategy = "joint",
     recipe: str | Recipe | RecipeFor = "fast",
     epochs: int | None = None,
     seed: int = 0,
     device: str = "auto",
+    devices: int | None = None,
+    num_nodes: int = 1,
     folder: str | Path | None = None,
     resume: bool = False,
     validate_every: int = 1,
@@ -50,13 +55,18 @@ def fit(
     Args:
         sdn: trained in place, and left on the device it was trained on, in evaluation mode; what was frozen
             before is so again.
-        data: its training split is shuffled and augmented; its validation split is only looked at.
-        strategy: a name (``plain``, ``ic_only``, ``joint``, ``mixed``) or a tuple of phases.
+        data: its training split is shuffled and augmented; its validation split, where there is one, is only
+            looked at. Any iterable of batches ``(inputs, labels)``, such as a ``DataLoader``, is streamed as it is:
+            its own order, batch size and transforms; without labels where the strategy needs none.
+        strategy: a name (``plain``, ``ic_only``, ``joint``, ``mixed``, ``distil``) or a tuple of phases.
         recipe: of a strategy by name: a name (``paper``, ``fast``), a recipe, or a function from what a phase
             trains to one. A tuple of phases brings its own.
         epochs: length of each phase, instead of the recipe's own.
         seed: of everything random in training; initial weights are the caller's.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or another accelerator that Fabric knows.
+        devices: processes on each machine, one a device; ``None``: as many as ``torchrun`` started, else one.
+            A batch is shared out among all processes; batch-norm takes its statistics from each one's share.
+        num_nodes: machines.
         folder: for ``checkpoint.pt`` and ``history.jsonl`` after every epoch; ``None``: keep nothing.
         resume: go on from the folder's checkpoint, if there is one.
         validate_every: epochs between two looks at the validation split; 0: never.
@@ -65,11 +75,14 @@ def fit(
     Returns:
         One record per epoch: ``phase`` (from 0), ``trains``, ``epoch`` (from 1), ``loss``, ``lr`` at its
         start, ``train_accuracy`` per exit, ``seconds`` of training, and, in epochs that look at the
-        validation split, ``val_accuracy`` per exit. A phase that trains the backbone has one exit.
+        validation split, ``val_accuracy`` per exit. A phase that trains the backbone has one exit. Without
+        labels it is ``train_agreement`` and ``val_agreement``: with the last exit's answer.
 
     Raises:
         TrainingDiverged: the loss or a weight is no longer a number; the last good checkpoint is kept.
-        ConfigError: a batch is more than the training split, or a phase has nothing to train.
+        ConfigError: a batch is more than the training split or cannot be shared out among the processes, or a
+            phase has nothing to train.
+        DataError: the strategy needs labels, and the data has none.
         NetworkError: the network has fewer outputs than the data has classes, or several label sets.
         FileFormatError: the checkpoint is damaged, or of another run.
     """
@@ -78,10 +91,12 @@ def fit(
         if isinstance(strategy, tuple)
         else named_strategy(strategy, sdn, recipe, epochs=epochs)
     )
-    _check(sdn, data, phases)
-    checkpoint = Checkpoint(None if folder is None else Path(folder), _identity(data, seed, phases))
-    checkpoint.sweep()
-    run = _Run(sdn, data, seed, device, checkpoint, validate_every, progress)
+    splits = as_splits(data)
+    _check(sdn, splits, phases)
+    checkpoint = Checkpoint(None if folder is None else Path(folder), _identity(splits, seed, phases))
+    if is_first():
+        checkpoint.sweep()
+    run = _Run(sdn, splits, seed, _Place(device, devices, num_nodes), checkpoint, validate_every, progress)
     if resume:
         run.history = checkpoint.read_history()
     with torch.random.fork_rng():
@@ -102,16 +117,29 @@ def _check(sdn: ShallowDeepNetwork, data: Splits, phases: Strategy) -> None:
             "Train it in a loop of your own."
         )
     for phase in phases:
-        if phase.recipe.batch_size > len(data.train):
+        if data.train.num_batches(phase.recipe.batch_size, drop_last=True) == 0:
             raise ConfigError(
-                f"a batch of {phase.recipe.batch_size} is more than the {len(data.train)} images to train on. "
+                f"a batch of {phase.recipe.batch_size} is more than the {len(data.train)} samples to train on. "
                 "Lower the batch size (recipe.batch_size)."
             )
 
 
 def _identity(data: Splits, seed: int, phases: Strategy) -> str:
     """What run this is, in words; an objective that is a bare function has its address in them."""
-    return re.sub(r" at 0x[0-9a-f]+", "", f"{data.name} of {len(data.train)}, seed {seed}, {phases}")
+    try:
+        size = str(len(data.train))
+    except (TypeError, ConfigError):  # a stream may not know
+        size = f"{data.train.num_batches(1)} batches"
+    return re.sub(r" at 0x[0-9a-f]+", "", f"{data.name} of {size}, seed {seed}, {phases}")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a run happens, in Fabric's words."""
+
+    device: str
+    devices: int | None
+    num_nodes: int
 
 
 @dataclass
@@ -121,7 +149,7 @@ class _Run:
     sdn: ShallowDeepNetwork
     data: Splits
     seed: int
-    device: str
+    place: _Place
     checkpoint: Checkpoint
     validate_every: int
     progress: bool
@@ -129,34 +157,34 @@ class _Run:
 
     def train_phase(self, number: int, phase: Phase, *, resume: bool) -> None:
         recipe = phase.recipe
-        fabric = _fabric(recipe, self.device)
+        fabric = _fabric(recipe, self.place)
         self.sdn.to(device=fabric.device)
-        if recipe.channels_last:
-            self.sdn.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        with _frozen_for(self.sdn, phase):
+        with _memory_format(self.sdn, recipe), _frozen_for(self.sdn, phase):
             optimizer = recipe.build_optimizer(_trained(self.sdn, phase))
             first = self.checkpoint.load(self.sdn, optimizer, number) if resume else 0
             stage = self._set_up(fabric, phase, optimizer)
             total = recipe.epochs * stage.steps
             done = min(first, recipe.epochs) * stage.steps
-            with bar(f"train {phase.trains}", total, done=done, shown=self.progress) as line:
+            with bar(f"train {phase.trains}", total, done=done, shown=self.progress and is_first()) as line:
                 for epoch in range(first, recipe.epochs):
                     self.history.append({"phase": number, **self._epoch(stage, number, epoch, line)})
-                    self.checkpoint.save(self.sdn, optimizer, number, epoch + 1, self.history)
+                    if is_first():
+                        self.checkpoint.save(self.sdn, optimizer, number, epoch + 1, self.history)
+                    fabric.barrier()  # nobody reads, or ends, before it is written
 
     def _set_up(self, fabric: Fabric, phase: Phase, optimizer: torch.optim.Optimizer) -> _Stage:
         network: nn.Module = LastExit(self.sdn) if phase.trains == "backbone" else self.sdn
         model, wrapped = fabric.setup(network, optimizer)
-        train, val = (images.to(fabric.device) for images in (self.data.train, self.data.val))
-        return _Stage(self.sdn, phase, fabric, model, wrapped, train, val, self.data.augment)
+        data = self.data.to(fabric.device)
+        return _Stage(self.sdn, phase, fabric, model, wrapped, data.train, data.val, data.augment)
 
     def _epoch(self, stage: _Stage, number: int, epoch: int, line: Bar) -> dict[str, Any]:
         started = time.perf_counter()
         record = _train_epoch(stage, epoch, _epoch_seed(self.seed, number, epoch), line)
         record = {"trains": stage.phase.trains, **record, "seconds": time.perf_counter() - started}
         _check_weights(self.sdn, epoch)
-        if self.validate_every and (epoch + 1) % self.validate_every == 0:
-            record["val_accuracy"] = _accuracy(stage)
+        if stage.val is not None and self.validate_every and (epoch + 1) % self.validate_every == 0:
+            record |= _validate(stage, stage.val)
         return record
 
 
@@ -169,9 +197,9 @@ class _Stage:
     fabric: Fabric
     model: Any
     optimizer: Any
-    train: ImageSet
-    val: ImageSet
-    augment: Augmentation
+    train: Samples
+    val: Samples | None
+    augment: Augmentation | None
 
     @property
     def steps(self) -> int:
@@ -190,63 +218,115 @@ class LastExit(nn.Module):
         super().__init__()
         self.sdn = sdn
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x: Any) -> list[Tensor]:
         """The last exit's logits, alone in a list."""
         return [self.sdn.run_backbone(x)]
 
 
+@dataclass
+class _Tally:
+    """What a pass over some data has met so far; ``total`` adds up what all processes have met."""
+
+    device: torch.device
+    loss: Any = 0.0
+    right: Any = 0
+    num_batches: int = 0
+    num_samples: int = 0
+    labelled: bool = True
+
+    def add(self, batch: Batch, logits: list[Tensor], loss: Tensor | float = 0.0) -> None:
+        """Count a batch: how many labels each exit finds, or, without labels, of the last exit's answers."""
+        self.labelled = batch.labels is not None
+        wanted = logits[-1].argmax(1) if batch.labels is None else batch.labels
+        self.right = self.right + torch.stack([(x.argmax(1) == wanted).sum() for x in logits])
+        self.loss = self.loss + loss
+        self.num_batches += 1
+        self.num_samples += len(wanted)
+
+    def total(self, fabric: Fabric) -> tuple[float, list[float]]:
+        """Mean loss, and the share each exit has right."""
+        loss = torch.as_tensor(self.loss, dtype=torch.float32, device=self.device)
+        counts = torch.tensor([self.num_batches, self.num_samples], device=self.device)
+        totals: Any = fabric.all_reduce({"loss": loss, "right": self.right, "counts": counts}, reduce_op="sum")
+        num_batches, num_samples = totals["counts"].tolist()
+        return float(totals["loss"]) / num_batches, (totals["right"] / num_samples).tolist()
+
+    @property
+    def name(self) -> str:
+        """Of the share: ``"accuracy"``, or ``"agreement"`` without labels."""
+        return "accuracy" if self.labelled else "agreement"
+
+
 def _train_epoch(stage: _Stage, epoch: int, seed: int, line: Bar) -> dict[str, Any]:
-    recipe, device, steps = stage.phase.recipe, stage.fabric.device, stage.steps
-    loss_sum, right, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
+    recipe, steps, own = stage.phase.recipe, stage.steps, shard()
+    tally, loss, shares = _Tally(stage.fabric.device), 0.0, []
     torch.manual_seed(seed)
     stage.model.train()
     batches = stage.train.batches(
-        recipe.batch_size, augment=stage.augment, seed=seed, drop_last=True, channels_last=recipe.channels_last
+        recipe.batch_size,
+        augment=stage.augment,
+        seed=seed,
+        drop_last=True,
+        channels_last=recipe.channels_last,
+        shard=own,
     )
     with stage.tapped():
         for step, batch in enumerate(batches):
-            loss, logits = _train_batch(stage, batch, (epoch + step / steps) / recipe.epochs)
-            loss_sum = loss_sum + loss
-            right = right + _right(logits, batch.labels)
-            seen += len(batch.labels)
+            if step == 0 and own[0]:
+                torch.manual_seed(seed + own[0])  # after the order was drawn: dropout differs between processes
+            tally.add(batch, *_train_batch(stage, batch, (epoch + step / steps) / recipe.epochs))
             line.advance()
             if (step + 1) % REPORT_EVERY == 0 or step + 1 == steps:
-                mean_loss = _finite(loss_sum / (step + 1), epoch)
-                shares = " ".join(f"{100 * accuracy:.0f}" for accuracy in (right / seen).tolist())
-                line.say(f"epoch {epoch + 1}/{recipe.epochs}  loss {mean_loss:.3f}  accuracy {shares}")
+                loss, shares = tally.total(stage.fabric)
+                _check_finite(loss, epoch)
+                words = " ".join(f"{100 * share:.0f}" for share in shares)
+                line.say(f"epoch {epoch + 1}/{recipe.epochs}  loss {loss:.3f}  {tally.name} {words}")
+    if tally.num_batches != steps and own[1] == 1:  # of several processes none takes a batch too small for all
+        raise DataError(
+            f"epoch {epoch + 1} gave {tally.num_batches} batches of the {steps} that were announced. "
+            "Give data that can be gone through again, or the right num_batches."
+        )
     return {
         "epoch": epoch + 1,
-        "loss": _finite(loss_sum / steps, epoch),
+        "loss": loss,
         "lr": recipe.rate(epoch / recipe.epochs),
-        "train_accuracy": (right / seen).tolist(),
+        f"train_{tally.name}": shares,
     }
 
 
-def _train_batch(stage: _Stage, batch: Batch, done: float) -> tuple[Tensor, list[Tensor]]:
-    recipe = stage.phase.recipe
+def _train_batch(stage: _Stage, batch: Batch, done: float) -> tuple[list[Tensor], Tensor]:
+    recipe, objective = stage.phase.recipe, stage.phase.objective
+    if batch.labels is None and getattr(objective, "needs_labels", False):
+        raise DataError(
+            f"{type(objective).__name__} needs labels, and the data has none. Train with strategy='distil'."
+        )
     for group in stage.optimizer.param_groups:
         group["lr"] = recipe.rate(done)
     logits = stage.model(batch.inputs)
-    loss = stage.phase.objective(logits, batch.labels, done)
+    loss = objective(logits, batch.labels, done)
     stage.fabric.backward(loss)
     if recipe.clip_norm is not None:
         # an infinite norm makes the next loss no number, and that is reported with what to do about it
         stage.fabric.clip_gradients(stage.model, stage.optimizer, max_norm=recipe.clip_norm, error_if_nonfinite=False)
     stage.optimizer.step()
     stage.optimizer.zero_grad()
-    return loss.detach(), [x.detach() for x in logits]
+    return [x.detach() for x in logits], loss.detach()
 
 
-def _right(logits: list[Tensor], labels: Tensor) -> Tensor:
-    """How many labels each exit finds."""
-    return torch.stack([(x.argmax(1) == labels).sum() for x in logits])
+def _validate(stage: _Stage, val: Samples) -> dict[str, Any]:
+    """Accuracy of each exit that the phase runs, in the phase's own precision."""
+    stage.model.eval()
+    tally = _Tally(stage.fabric.device)
+    batches = val.batches(500, channels_last=stage.phase.recipe.channels_last, shard=shard())
+    with torch.no_grad(), stage.tapped():
+        for batch in batches:
+            tally.add(batch, stage.model(batch.inputs))
+    return {f"val_{tally.name}": tally.total(stage.fabric)[1]}
 
 
-def _finite(loss: Tensor, epoch: int) -> float:
-    value = float(loss)
-    if not math.isfinite(value):
-        raise _diverged(f"the loss became {value}", epoch)
-    return value
+def _check_finite(loss: float, epoch: int) -> None:
+    if not math.isfinite(loss):
+        raise _diverged(f"the loss became {loss}", epoch)
 
 
 def _check_weights(sdn: ShallowDeepNetwork, epoch: int) -> None:
@@ -263,14 +343,20 @@ def _diverged(what: str, epoch: int) -> TrainingDiverged:
     )
 
 
-def _accuracy(stage: _Stage) -> list[float]:
-    """Accuracy of each exit that the phase runs, in the phase's own precision."""
-    stage.model.eval()
-    right: Any = 0
-    with torch.no_grad(), stage.tapped():
-        for batch in stage.val.batches(500, channels_last=stage.phase.recipe.channels_last):
-            right = right + _right(stage.model(batch.inputs), batch.labels)
-    return (right / len(stage.val)).tolist()
+@contextmanager
+def _memory_format(sdn: ShallowDeepNetwork, recipe: Recipe) -> Iterator[None]:
+    """Channels last inside, where the recipe wants that; afterwards every weight lies as it did.
+
+    A frozen network would otherwise give its answers in another order of sums than before.
+    """
+    before = [p for p in sdn.parameters() if p.is_contiguous()]
+    if recipe.channels_last:
+        sdn.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    try:
+        yield
+    finally:
+        for parameter in before:
+            parameter.data = parameter.data.contiguous()
 
 
 @contextmanager
@@ -279,6 +365,8 @@ def _frozen_for(sdn: ShallowDeepNetwork, phase: Phase) -> Iterator[None]:
     frozen, needed = sdn.frozen, [(parameter, parameter.requires_grad) for parameter in sdn.parameters()]
     if frozen != (phase.trains == "exits"):
         sdn.freeze_backbone(not frozen)
+    if phase.trains == "backbone":
+        sdn.exits.requires_grad_(False)  # several processes wait for the gradient of every weight that wants one
     try:
         yield
     finally:
@@ -302,14 +390,19 @@ def _trained(sdn: ShallowDeepNetwork, phase: Phase) -> list[nn.Parameter]:
     return found
 
 
-def _fabric(recipe: Recipe, device: str) -> Fabric:
-    try:
-        return Fabric(accelerator=device, devices=1, precision=_precision(recipe, device))
-    except Exception as error:  # ValueError, RuntimeError or Fabric's own, as the accelerator has it
+def _fabric(recipe: Recipe, place: _Place) -> Fabric:
+    fabric = make_fabric(
+        place.device,
+        devices=place.devices,
+        num_nodes=place.num_nodes,
+        precision=_precision(recipe, place.device),
+    )
+    if recipe.batch_size % fabric.world_size:
         raise ConfigError(
-            f"device '{device}' cannot be used here: {first_line(error)}. "
-            "Take 'auto', 'cpu', or 'cuda' where there is one."
-        ) from None
+            f"a batch of {recipe.batch_size} cannot be shared out evenly among {fabric.world_size} processes. "
+            "Take a multiple (recipe.batch_size)."
+        )
+    return fabric
 
 
 def _precision(recipe: Recipe, device: str) -> Any:

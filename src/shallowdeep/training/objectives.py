@@ -1,24 +1,28 @@
 """Losses: per-exit logits, labels and progress in [0, 1) become one number.
 
-An ``Objective`` is any callable of that shape; these are the paper's.
+An ``Objective`` is any callable of that shape. Those with ``needs_labels`` cannot do without labels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
-Objective = Callable[[list[Tensor], Tensor, float], Tensor]
-"""``(per-exit logits, labels, progress) -> loss``; the last logits are the backbone's own."""
+from shallowdeep.errors import ConfigError
+
+Objective = Callable[[list[Tensor], Any, float], Tensor]
+"""``(per-exit logits, labels or None, progress) -> loss``; the last logits are the backbone's own."""
 
 
 @dataclass(frozen=True)
 class Plain:
     """Cross-entropy of the last exit: ordinary training of the backbone."""
 
+    needs_labels: ClassVar[bool] = True
     label_smoothing: float = 0.0
 
     def __call__(self, logits: list[Tensor], labels: Tensor, progress: float) -> Tensor:
@@ -30,6 +34,7 @@ class Plain:
 class Exits:
     """Unweighted sum of the internal exits' cross-entropies, the last exit left out: IC-only training."""
 
+    needs_labels: ClassVar[bool] = True
     label_smoothing: float = 0.0
 
     def __call__(self, logits: list[Tensor], labels: Tensor, progress: float) -> Tensor:
@@ -52,6 +57,7 @@ class Joint:
     Cite: Kaya, Hong & Dumitras, ICML 2019, section 4.
     """
 
+    needs_labels: ClassVar[bool] = True
     weights: tuple[float, ...]
     label_smoothing: float = 0.0
 
@@ -69,3 +75,33 @@ class Joint:
         for tau, x in zip(self.taus(progress), logits[:-1], strict=True):
             loss = loss + tau * F.cross_entropy(x, labels, label_smoothing=self.label_smoothing)
         return loss
+
+
+@dataclass(frozen=True)
+class Distil:
+    """Unweighted sum over the internal exits of ``KL(last || exit)``: they learn the last exit's own answers.
+
+    No labels are needed; no gradient flows into the last exit.
+
+    Args:
+        temperature: softens both distributions; the loss is multiplied by its square, so that gradients keep
+            their size.
+
+    Cite: Hinton, Vinyals & Dean, 2015; between exits: Phuong & Lampert, ICCV 2019, who add it to the exits'
+    cross-entropies, for which there are no labels here.
+    """
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ConfigError(f"a temperature is above 0, got {self.temperature}.")
+
+    def __call__(self, logits: list[Tensor], labels: Tensor | None, progress: float) -> Tensor:
+        """The loss, a scalar; the mean over samples."""
+        taught = F.log_softmax(logits[-1].detach() / self.temperature, dim=-1)
+        losses = [
+            F.kl_div(F.log_softmax(x / self.temperature, dim=-1), taught, reduction="batchmean", log_target=True)
+            for x in logits[:-1]
+        ]
+        return sum(losses[1:], losses[0]) * self.temperature**2

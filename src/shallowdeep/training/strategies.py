@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from shallowdeep.errors import ConfigError, UnknownName
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.networks.zoo import spec_of
-from shallowdeep.training.objectives import Exits, Joint, Objective, Plain
+from shallowdeep.training.objectives import Distil, Exits, Joint, Objective, Plain
 from shallowdeep.training.recipes import Recipe, Trains, named_recipe
 
 RecipeFor = Callable[[Trains], Recipe]
@@ -50,13 +50,18 @@ def _mixed(sdn: ShallowDeepNetwork, recipe: RecipeFor) -> Strategy:
     return _plain(sdn, recipe) + _joint(sdn, recipe)
 
 
+def _distil(sdn: ShallowDeepNetwork, recipe: RecipeFor) -> Strategy:
+    return (Phase(Distil(), "exits", recipe("exits")),)
+
+
 STRATEGIES: dict[str, Callable[[ShallowDeepNetwork, RecipeFor], Strategy]] = {
     "plain": _plain,
     "ic_only": _ic_only,
     "joint": _joint,
     "mixed": _mixed,
+    "distil": _distil,
 }
-INTERNAL = {"ic_only", "joint", "mixed"}
+INTERNAL = {"ic_only", "joint", "mixed", "distil"}
 """Strategies that train internal exits, and therefore need some."""
 
 
@@ -72,6 +77,7 @@ def named_strategy(
     Args:
         name: ``"plain"``: the backbone alone. ``"ic_only"``: the exits of a frozen, trained backbone.
             ``"joint"``: all together, with the paper's rising weights. ``"mixed"``: plain, then joint.
+            ``"distil"``: the exits of a frozen, trained backbone learn its own answers, without labels.
         sdn: what will be trained; joint takes its weights from the shares its exits were asked to sit at
             (from their measured shares where taps were given by name).
         recipe: a name, one recipe for every phase, or a function from what a phase trains to a recipe.

@@ -1,0 +1,92 @@
+"""One process or several: which one this is, and what the others have got."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from shallowdeep.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+def make_fabric(
+    device: str = "auto", *, devices: int | None = None, num_nodes: int = 1, precision: Any = "32-true"
+) -> Fabric:
+    """Lightning Fabric over the processes that there are, or that it starts.
+
+    Args:
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or another accelerator that Fabric knows.
+        devices: processes on each machine, one a device. ``None``: as many as ``torchrun`` started, else one.
+        num_nodes: machines; under ``torchrun`` it is what that was told.
+        precision: of Fabric, e.g. ``"bf16-mixed"``.
+
+    Raises:
+        ConfigError: there is no such device, or not so many.
+    """
+    from lightning_fabric import Fabric  # 0.7 s that only training and several processes need
+
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        local, world = (int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+        if devices not in (None, local):
+            raise ConfigError(f"devices={devices}, but torchrun started {local} processes a machine. Leave it out.")
+        devices, num_nodes = local, world // local
+    several = (devices or 1) * num_nodes > 1
+    try:
+        fabric = Fabric(
+            accelerator=device,
+            devices=devices or 1,
+            num_nodes=num_nodes,
+            precision=precision,
+            strategy="ddp" if several else "auto",
+        )
+        fabric.launch()
+    except Exception as error:  # ValueError, RuntimeError or Fabric's own, as the accelerator has it
+        why = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        count = f" (devices={devices or 1}, num_nodes={num_nodes})" if several else ""
+        raise ConfigError(
+            f"device '{device}'{count} cannot be used here: {why}. "
+            "Take 'auto', 'cpu', or 'cuda' where there is one."
+        ) from None
+    return fabric
+
+
+def join(device: str = "auto", *, devices: int | None = None, num_nodes: int = 1) -> None:
+    """Find the other processes, or start them, before anything is read or written; nothing where there is one.
+
+    Raises:
+        ConfigError: as ``make_fabric``.
+    """
+    if (devices or 1) * num_nodes > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        make_fabric(device, devices=devices, num_nodes=num_nodes)
+
+
+def shard() -> tuple[int, int]:
+    """This process's rank and the number of processes; ``(0, 1)`` where there is one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files and talks."""
+    return shard()[0] == 0
+
+
+def wait_for_all() -> None:
+    """Return when every process is here."""
+    if shard()[1] > 1:
+        dist.barrier()
+
+
+def gather(value: Any) -> list[Any]:
+    """What each process has, in every process, by rank."""
+    number = shard()[1]
+    if number == 1:
+        return [value]
+    found: list[Any] = [None] * number
+    dist.all_gather_object(found, value)
+    return found

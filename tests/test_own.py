@@ -1,0 +1,130 @@
+"""A stranger's network and a stranger's images, from the command line to a policy."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from shallowdeep.cli import app
+from shallowdeep.data.encoded import EncodedImages
+from shallowdeep.data.sources import load_data
+from shallowdeep.networks.attach import attach
+from shallowdeep.networks.zoo import load_network
+from shallowdeep.policies.calibrate import calibrate
+from shallowdeep.policies.replay import replay
+from shallowdeep.runs import Run
+from shallowdeep.storage import load_tensors, read_json
+from shallowdeep.traces.record import record
+from shallowdeep.training.loop import fit
+from shallowdeep.training.recipes import Recipe
+
+NETWORK = '''
+from torch import nn
+
+def small(num_classes, width=4):
+    """Three convolutions, for images of any size."""
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, stride=2), nn.ReLU(), nn.Conv2d(width, width, 3, stride=2), nn.ReLU(),
+        nn.Conv2d(width, width, 3, stride=2), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes),
+    )
+'''
+LIGHT = {"bright": 200, "dark": 60, "medium": 130}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of class folders with pictures of different sizes, told apart by their brightness."""
+    folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for name, light in LIGHT.items():
+        (folder / name).mkdir()
+        for number in range(40):
+            height, width = random.integers(20, 60, 2)
+            pixels = random.normal(light, 20, (height, width, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def strangers(tmp_path, monkeypatch):
+    """A module of networks that Python finds."""
+    (tmp_path / "strangers.py").write_text(NETWORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("strangers", None)
+
+
+def command(*words):
+    found = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+    assert found.exit_code == 0, found.output
+    return found.output
+
+
+def test_a_network_of_ones_own_on_a_folder_of_pictures(pictures, strangers, tmp_path):
+    options = [
+        "--data", f"folder:{pictures}", "--network", "strangers:small", "--device", "cpu", "--threads", "1",
+        "--set", "network_options.width=6", "--set", "recipe.batch_size=16", "--set", "recipe.lr=0.02",
+        "--set", "shares=[0.8]",
+    ]  # fmt: skip
+    plain, distilled = tmp_path / "plain", tmp_path / "distil"
+    command("fit", "--strategy", "plain", "--epochs", "4", "--out", plain, *options)
+    command("fit", "--strategy", "distil", "--init", plain, "--epochs", "4", "--out", distilled, *options)
+    command("record", distilled)
+    told = command("calibrate", distilled, "--min-agreement", "0.9")
+    assert "agreement with the last exit" in told
+    assert "accuracy" in command("replay", distilled)
+    run = Run.open(distilled)
+    assert isinstance(run.load_data().train, EncodedImages)
+    assert run.trace("test").info.class_names == tuple(LIGHT)
+    ours, theirs = (load_tensors(folder / "sdn.safetensors", kind="sdn")[0] for folder in (distilled, plain))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    assert read_json(distilled / "policy.json")["kind"] == "confidence"
+
+
+def test_a_timm_network_with_weights_of_its_own_gets_its_own_preprocessing(pictures, tmp_path):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_resnet", num_classes=3).state_dict(), tmp_path / "weights.safetensors")
+    command(
+        "fit", "--strategy", "distil", "--epochs", "1", "--out", tmp_path / "run", "--device", "cpu", "--threads", "1",
+        "--data", f"folder:{pictures}", "--network", "timm:test_resnet",
+        "--set", f"network_options.weights={tmp_path / 'weights.safetensors'}",
+        "--set", "recipe.batch_size=16", "--set", "shares=[0.5]",
+    )  # fmt: skip
+    run = Run.open(tmp_path / "run")
+    wanted = timm.create_model("test_resnet").pretrained_cfg
+    (tmp_path / "weights.safetensors").unlink()  # what was trained is whole without it
+    sdn = run.load()
+    data = run.load_data(sdn.backbone)
+    assert data.train.example_inputs.shape[1:] == wanted["input_size"]
+    assert data.train.preprocessing.mean == wanted["mean"]
+    command("record", tmp_path / "run")
+    assert len(run.trace("test")) == len(data.test)
+
+
+@pytest.mark.slow
+def test_questions_are_trained_recorded_calibrated_and_replayed(cifar_dir):
+    pytest.importorskip("transformers")
+    if not (cifar_dir / "trec").is_dir():
+        pytest.skip(f"no questions under {cifar_dir}")
+    data = load_data("trec", data_dir=cifar_dir, labels="coarse")
+    shape = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
+    torch.manual_seed(0)
+    net = load_network("hf:bert", num_classes=6, vocab_size=data.train.vocab_size, **shape)
+    sdn = attach(net, data.example_inputs, shares=(0.34, 0.67))
+    assert [tap.rpartition(".")[0] for tap in sdn.taps] == ["bert.encoder.layer"] * 2
+    recipe = Recipe(epochs=3, batch_size=64, optimizer="adamw", lr=2e-3, schedule="one_cycle", weight_decay=0.01)
+    fit(sdn, data, recipe=recipe, device="cpu", progress=False)
+    val, test = (record(sdn, split) for split in (data.val, data.test))
+    assert (test.correct.double().mean(0) > 0.6).all()  # the most frequent of six classes is 0.28 of them
+    decisions = replay(test, calibrate(val, max_accuracy_drop=0.01))
+    assert decisions.cost < 0.8
+    assert decisions.accuracy > test.correct[:, -1].double().mean() - 0.03

@@ -1,0 +1,108 @@
+"""Two processes on a CPU, as torchrun starts them, against one process."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from shallowdeep.config import load_config
+from shallowdeep.runs import Run
+from shallowdeep.storage import load_tensors
+
+FIT = {
+    "data": "digits",
+    "recipe.epochs": 1,
+    "recipe.batch_size": 64,
+    "threads": 1,
+    "device": "cpu",
+    "taps": ["layer1.1", "layer2.1"],
+}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A trained ResNet-20 to put exits on."""
+    run = Run.create(tmp_path_factory.mktemp("runs") / "plain", load_config(changes={**FIT, "strategy": "plain"}))
+    run.fit(progress=False)
+    return run
+
+
+@pytest.fixture(scope="module")
+def fitted(plain):
+    """The same exits, trained by one process and by two."""
+    folder = plain.folder.parent
+    changes = {**FIT, "strategy": "ic_only", "init": str(plain.folder)}
+    run = Run.create(folder / "one", load_config(changes=changes))
+    run.fit(progress=False)
+    torchrun("fit", "--out", folder / "two", *options(changes))
+    return run, Run.open(folder / "two")
+
+
+def options(changes):
+    return [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
+
+
+def torchrun(*arguments, ok=True):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    found = subprocess.run(
+        [*command, "-m", "shallowdeep", *map(str, arguments)],
+        capture_output=True, text=True, env=environment, timeout=300, check=False,
+    )  # fmt: skip
+    assert (found.returncode == 0) == ok, found.stderr[-3000:]
+    return found
+
+
+@pytest.mark.slow
+def test_ic_only_training_ends_where_one_process_ends(fitted):
+    one, two = (load_tensors(run.weights, kind="sdn")[0] for run in fitted)
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
+    moved = [n for n in one if n.startswith("exits.") and not torch.equal(one[n], two[n])]
+    assert moved, "equal to the last bit: the second process did no work"
+
+
+@pytest.mark.slow
+def test_history_counts_all_processes(fitted):
+    one, two = (run.folder / "history.jsonl" for run in fitted)
+    first, second = (json.loads(path.read_text()) for path in (one, two))
+    assert second["loss"] == pytest.approx(first["loss"], abs=1e-4)
+    assert second["train_accuracy"] == pytest.approx(first["train_accuracy"], abs=2e-3)
+    assert second["val_accuracy"] == pytest.approx(first["val_accuracy"], abs=2 / 180)
+
+
+@pytest.mark.slow
+def test_record_loses_and_doubles_no_sample(fitted):
+    two = fitted[1]
+    alone = two.record(progress=False)
+    torchrun("record", two.folder)
+    for split, trace in alone.items():
+        shared = two.trace(split)
+        assert torch.equal(shared.ids, trace.ids)
+        assert torch.equal(shared.labels, trace.labels)
+        for ours, theirs in zip(shared.logits, trace.logits, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_one_command_starts_both_processes(plain, fitted):
+    folder = plain.folder.parent / "started"
+    changes = {**FIT, "strategy": "ic_only", "init": str(plain.folder)}
+    subprocess.run(
+        [sys.executable, "-m", "shallowdeep", "fit", "--out", str(folder), "--devices", "2", *options(changes)],
+        check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    ours, theirs = (load_tensors(run.weights, kind="sdn")[0] for run in (Run.open(folder), fitted[1]))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+@pytest.mark.slow
+def test_a_batch_that_cannot_be_shared_is_refused_and_leaves_nothing(plain):
+    folder = plain.folder.parent / "odd"
+    found = torchrun("fit", "--out", folder, *options({**FIT, "recipe.batch_size": 65, "strategy": "plain"}), ok=False)
+    assert "a batch of 65 cannot be shared out evenly among 2 processes" in found.stderr
+    assert not folder.exists()
