@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from shallowdeep.data.images import Batch, ImageSet
+from shallowdeep.data.images import ImageSet
+from shallowdeep.data.samples import Batch
 from shallowdeep.data.sources import load_data
 from shallowdeep.networks.attach import attach
 from shallowdeep.networks.sdn import ShallowDeepNetwork
