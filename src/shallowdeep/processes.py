@@ -48,8 +48,7 @@ def make_fabric(
         why = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         count = f" (devices={devices or 1}, num_nodes={num_nodes})" if several else ""
         raise ConfigError(
-            f"device '{device}'{count} cannot be used here: {why}. "
-            "Take 'auto', 'cpu', or 'cuda' where there is one."
+            f"device '{device}'{count} cannot be used here: {why}. Take 'auto', 'cpu', or 'cuda' where there is one."
         ) from None
     return fabric
 

@@ -33,9 +33,9 @@ from shallowdeep.data.samples import SPLITS, IndexedSamples, Splits
 from shallowdeep.data.sources import load_data
 from shallowdeep.errors import ConfigError, FileFormatError, TraceError, UnknownName
 from shallowdeep.networks.attach import attach
+from shallowdeep.networks.backbones.weights import put_weights
 from shallowdeep.networks.inputs import preprocessing_of
 from shallowdeep.networks.sdn import ShallowDeepNetwork
-from shallowdeep.networks.weights import put_weights
 from shallowdeep.networks.zoo import load_network
 from shallowdeep.policies.calibrate import calibrate
 from shallowdeep.policies.replay import Decisions, replay

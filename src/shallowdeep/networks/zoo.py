@@ -10,7 +10,8 @@ from torch import nn
 
 from shallowdeep.data.preprocess import Preprocessing
 from shallowdeep.errors import ConfigError, NetworkError, UnknownName
-from shallowdeep.networks.adapters import (
+from shallowdeep.networks.backbones.huggingface import from_hf
+from shallowdeep.networks.backbones.libraries import (
     Built,
     NetworkSpec,
     Request,
@@ -19,11 +20,10 @@ from shallowdeep.networks.adapters import (
     from_timm,
     from_torchvision,
 )
-from shallowdeep.networks.huggingface import from_hf
-from shallowdeep.networks.mobilenet import mobilenet
-from shallowdeep.networks.resnet import resnet20, resnet56, resnet110, wrn32_4
-from shallowdeep.networks.vgg import vgg16
-from shallowdeep.networks.weights import put_weights, read_weights
+from shallowdeep.networks.backbones.mobilenet import mobilenet
+from shallowdeep.networks.backbones.resnet import resnet20, resnet56, resnet110, wrn32_4
+from shallowdeep.networks.backbones.vgg import vgg16
+from shallowdeep.networks.backbones.weights import put_weights, read_weights
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     build.__name__: build for build in (vgg16, resnet20, resnet56, resnet110, wrn32_4, mobilenet)

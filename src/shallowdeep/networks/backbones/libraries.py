@@ -16,8 +16,8 @@ from torch import nn
 
 from shallowdeep.data.preprocess import Preprocessing
 from shallowdeep.errors import ConfigError, NetworkError, ShallowDeepError, UnknownName, require
+from shallowdeep.networks.backbones.weights import put_weights, read_weights
 from shallowdeep.networks.calls import first_line
-from shallowdeep.networks.weights import put_weights, read_weights
 
 TRAINING_ONLY = ("aux1.", "aux2.", "AuxLogits.")
 """Side classifiers of GoogLeNet and Inception: published with the weights, and no part of a prediction."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from shallowdeep.data.preprocess import Preprocessing
 from shallowdeep.errors import ConfigError, FileFormatError, MissingExtra, NetworkError, UnknownName, require
-from shallowdeep.networks.adapters import Built, NetworkSpec, Request, as_json, building, check_known
+from shallowdeep.networks.backbones.libraries import Built, NetworkSpec, Request, as_json, building, check_known
 from shallowdeep.networks.calls import first_line
 from shallowdeep.storage import read_json
 
