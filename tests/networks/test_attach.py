@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from shallowdeep.errors import IllegalTap, NetworkError
+from shallowdeep.errors import ConfigError, IllegalTap, NetworkError
 from shallowdeep.networks.attach import attach, choose_sites, total_flops
 from shallowdeep.networks.exits import VectorClassifier
 from shallowdeep.networks.sites import Site
@@ -302,3 +302,23 @@ def test_a_weight_that_is_an_input_of_a_submodule():
     sdn = attach(net, torch.randn(2, 4), taps=("first",))
     assert sdn.costs.backbone_flops == (32, 48)
     assert [name for name, p in net.named_parameters() if not p.requires_grad] == ["last.bias"]
+
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 3)
+
+    def forward(self, x):
+        hidden = self.body(x)
+        return {"coarse": self.first(hidden), "fine": self.second(hidden)}
+
+
+def test_logits_by_name():
+    x = torch.randn(3, 4)
+    sdn = attach(Heads(), x, taps=("body",), logits="fine")
+    assert [tuple(logits.shape) for logits in sdn(x)] == [(3, 3)] * 2
+    with pytest.raises(ConfigError, match=r"no entry of the network's output, a dict, 'fin'\. Did you mean 'fine'"):
+        attach(Heads(), x, taps=("body",), logits="fin")
+    with pytest.raises(NetworkError, match="their name in the network's output"):
+        attach(Heads(), x, taps=("body",))

@@ -45,7 +45,7 @@ def attach(
             blocks of one logits tensor. ``None``: one set, as large as the backbone's output.
         final_head: maps the backbone's logits to all columns of the last exit, where there are more than
             the backbone gives.
-        logits: takes the logits out of what the network returns, where that is not obvious.
+        logits: takes the logits out of what the network returns, or names them in it, where that is not obvious.
 
     Returns:
         The Shallow-Deep Network; its ``placements`` say what was asked for and what was got.

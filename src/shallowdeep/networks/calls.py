@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from shallowdeep.errors import NetworkError
+from shallowdeep.errors import NetworkError, UnknownName
 
-LogitsOf = Callable[[Any], Tensor]
-"""Takes what a network returned and gives its logits, shape ``(n, outputs)``."""
+LogitsOf = Callable[[Any], Tensor] | str
+"""Takes what a network returned and gives its logits, shape ``(n, outputs)``; or the name they have in it."""
 
 
 def call(net: nn.Module, inputs: Any) -> Any:
@@ -36,17 +36,20 @@ def find_logits(output: Any, logits: LogitsOf | None = None) -> Tensor:
     Args:
         output: a tensor, an object or mapping with ``logits``, or a tuple or mapping with exactly
             one tensor of shape ``(n, outputs)``.
-        logits: takes them out of anything else.
+        logits: takes them out of anything else, or is the name of the entry or attribute that they are.
 
     Raises:
         NetworkError: there is no obvious entry, or it is not two-dimensional.
     """
-    found = logits(output) if logits is not None else _obvious_logits(output)
+    if logits is None:
+        found = _obvious_logits(output)
+    else:
+        found = logits(output) if callable(logits) else _named_logits(output, logits)
     if not isinstance(found, Tensor) or found.ndim != 2:
         what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
         raise NetworkError(
             f"the network returned {what} where logits of shape (n, outputs) are needed. "
-            "Pass logits=, a function that takes them out of the network's output."
+            "Pass logits=, their name in the network's output, or a function that takes them out of it."
         )
     return found
 
@@ -74,6 +77,15 @@ def first_line(error: Exception) -> str:
     """The beginning of what an error says, short enough for a message of our own."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:120]
+
+
+def _named_logits(output: Any, name: str) -> Any:
+    if isinstance(output, Mapping) and name in output:
+        return output[name]
+    if hasattr(output, name):
+        return getattr(output, name)
+    known = output.keys() if isinstance(output, Mapping) else [key for key in dir(output) if not key.startswith("_")]
+    raise UnknownName(f"entry of the network's output, a {type(output).__name__},", name, map(str, known))
 
 
 def _obvious_logits(output: Any) -> Any:
