@@ -163,7 +163,7 @@ def bad_inputs(runs, tmp_path):
         (["fit", "--seed", "9", "--out", runs / "ic", "--resume"], "another configuration"),
         (["fit", "--config", tmp_path / "gone.toml", "--out", out], "no file"),
         (["fit", "--init", tmp_path / "gone", "--strategy", "ic_only", "--out", out], "no file"),
-        (["fit", "--init", runs / "plain", "--network", "vgg16", "--out", out], "another network"),
+        (["fit", "--init", runs / "plain", "--network", "vgg16", "--out", out], "do not fit the network: 225 names or shapes differ"),
         (["fit", "--data", "cifar10", "--data-dir", tmp_path, "--out", out], "no folder"),
         (["record", tmp_path], "no file"),
         (["analyze", truncated], "truncated"),
