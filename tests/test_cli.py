@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from shallowdeep.cli import app, main
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.runs import Run
+from shallowdeep.storage import load_tensors, save_tensors
 from shallowdeep.traces.trace import Trace
 
 
@@ -163,7 +164,7 @@ def bad_inputs(runs, tmp_path):
         (["fit", "--seed", "9", "--out", runs / "ic", "--resume"], "another configuration"),
         (["fit", "--config", tmp_path / "gone.toml", "--out", out], "no file"),
         (["fit", "--init", tmp_path / "gone", "--strategy", "ic_only", "--out", out], "no file"),
-        (["fit", "--init", runs / "plain", "--network", "vgg16", "--out", out], "do not fit the network: 225 names or shapes differ"),
+        (["fit", "--init", runs / "plain", "--network", "vgg16", "--out", out], "225 names or shapes differ"),
         (["fit", "--data", "cifar10", "--data-dir", tmp_path, "--out", out], "no folder"),
         (["record", tmp_path], "no file"),
         (["analyze", truncated], "truncated"),
@@ -270,3 +271,26 @@ def test_python_m(tmp_path):
     )
     assert found.returncode == 2
     assert found.stderr.startswith("error: no file")
+
+
+def test_a_start_that_fails_leaves_an_archived_run_as_it_was(runs, tmp_path, shell, monkeypatch):
+    Run.open(runs / "ic").archive(tmp_path / "kept")
+    (tmp_path / "kept" / "sdn.safetensors").unlink()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir() if path.is_file()}
+
+    def fails(*words, **options):
+        raise OSError("no power")
+
+    monkeypatch.setattr("shallowdeep.runs.fit", fails)
+    assert shell("fit", "--resume", "--out", tmp_path / "kept")[0] == 2
+    assert {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir() if path.is_file()} == before
+
+
+def test_a_run_folder_of_a_stranger_runs_no_code_that_it_does_not_name(runs, tmp_path, shell):
+    Run.open(runs / "ic").archive(tmp_path / "kept")
+    tensors, info = load_tensors(tmp_path / "kept" / "sdn.safetensors", kind="sdn")
+    network = {"name": "os:mkdir", "path": str(tmp_path / "made")}
+    save_tensors(tmp_path / "kept" / "sdn.safetensors", tensors, kind="sdn", info={**info, "network": network})
+    code, _, err = shell("record", tmp_path / "kept")
+    assert (code, "built by code of its own" in err) == (2, True)
+    assert not (tmp_path / "made").exists()

@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 
 def make_fabric(
-    device: str = "auto", *, devices: int | None = None, num_nodes: int = 1, precision: Any = "32-true"
+    device: str = "auto",
+    *,
+    devices: int | None = None,
+    num_nodes: int = 1,
+    precision: Any = "32-true",
+    all_used: bool = True,
 ) -> Fabric:
     """Lightning Fabric over the processes that there are, or that it starts.
 
@@ -23,9 +28,11 @@ def make_fabric(
         devices: processes on each machine, one a device. ``None``: as many as ``torchrun`` started, else one.
         num_nodes: machines; under ``torchrun`` it is what that was told.
         precision: of Fabric, e.g. ``"bf16-mixed"``.
+        all_used: every weight that is trained gets a gradient in every step; several processes otherwise look for
+            those that do not.
 
     Raises:
-        ConfigError: there is no such device, or not so many.
+        ConfigError: there is no such device, or not so many, or the processes there are do not belong to it.
     """
     from lightning_fabric import Fabric  # 0.7 s that only training and several processes need
 
@@ -41,7 +48,7 @@ def make_fabric(
             devices=devices or 1,
             num_nodes=num_nodes,
             precision=precision,
-            strategy="ddp" if several else "auto",
+            strategy=("ddp" if all_used else "ddp_find_unused_parameters_true") if several else "auto",
         )
         fabric.launch()
     except Exception as error:  # ValueError, RuntimeError or Fabric's own, as the accelerator has it
@@ -50,6 +57,11 @@ def make_fabric(
         raise ConfigError(
             f"device '{device}'{count} cannot be used here: {why}. Take 'auto', 'cpu', or 'cuda' where there is one."
         ) from None
+    if fabric.world_size != shard()[1]:
+        raise ConfigError(
+            f"there are {shard()[1]} processes already, and training would use {fabric.world_size}. Start them with "
+            f"torchrun, or give devices={shard()[1]} (and num_nodes) in every call."
+        )
     return fabric
 
 

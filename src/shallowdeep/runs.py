@@ -8,16 +8,9 @@ A run folder is the whole provenance of a number::
 from __future__ import annotations
 
 import os
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -31,16 +24,18 @@ from shallowdeep.analysis.overthinking import measure_overthinking
 from shallowdeep.config import RunConfig, explain
 from shallowdeep.data.samples import SPLITS, IndexedSamples, Splits
 from shallowdeep.data.sources import load_data
+from shallowdeep.data.text import TEXTS
 from shallowdeep.errors import ConfigError, FileFormatError, TraceError, UnknownName
 from shallowdeep.networks.attach import attach
 from shallowdeep.networks.backbones.weights import put_weights
 from shallowdeep.networks.inputs import preprocessing_of
 from shallowdeep.networks.sdn import ShallowDeepNetwork
-from shallowdeep.networks.zoo import load_network
+from shallowdeep.networks.zoo import NetworkSpec, load_network
 from shallowdeep.policies.calibrate import calibrate
 from shallowdeep.policies.replay import Decisions, replay
 from shallowdeep.policies.rules import ExitPolicy, policy_from_dict
-from shallowdeep.processes import is_first, join, shard, wait_for_all
+from shallowdeep.processes import is_first, join, wait_for_all
+from shallowdeep.provenance import describe_environment
 from shallowdeep.storage import load_tensors, making, read_json, sweep, write_json, write_text
 from shallowdeep.traces.record import record
 from shallowdeep.traces.trace import Trace
@@ -108,7 +103,8 @@ class Run:
         config = self.config
         options = {"data_dir": config.data_dir, "val_size": config.val_size, **config.data_options}
         prepared = None if net is None or config.init else preprocessing_of(net)
-        if prepared is not None and config.starts_trained:
+        of_images = config.data not in ("digits", *TEXTS)
+        if prepared is not None and config.starts_trained and of_images:
             options["preprocessing"] = prepared
         return load_data(config.data, **options)
 
@@ -180,14 +176,18 @@ class Run:
             yield
             return
         environment = self._environment(data)
+        names = ("config.json", "environment.json", "history.jsonl")
+        before = {name: (self.folder / name).read_text() for name in names if (self.folder / name).exists()}
         try:
             write_json(self.folder / "config.json", self.config.model_dump(mode="json"))
             write_json(self.folder / "environment.json", environment)
             yield
         except Exception:
             if not (self.folder / "checkpoint.pt").exists():
-                for name in ("config.json", "environment.json", "history.jsonl"):
+                for name in names:
                     (self.folder / name).unlink(missing_ok=True)
+                    if name in before:  # an archived run has no checkpoint, and is a run all the same
+                        write_text(self.folder / name, before[name])
                 if self.folder.is_dir() and not any(self.folder.iterdir()):
                     self.folder.rmdir()
             raise
@@ -209,7 +209,8 @@ class Run:
 
         Where the run's configuration names a function that builds the network, that is called.
         """
-        return ShallowDeepNetwork.load(self.weights, trust_code=":" in self.config.network).eval()
+        name = self.config.network
+        return ShallowDeepNetwork.load(self.weights, trust_code=name if NetworkSpec(name).runs_code else False).eval()
 
     def record(self, splits: Iterable[str] | None = None, *, progress: bool = True) -> dict[str, Trace]:
         """Record splits (``None``: all there are) into ``traces/``; of the training split, 10,000 samples at most."""
@@ -244,8 +245,11 @@ class Run:
             raise UnknownName("split", split, SPLITS)
         path = self.folder / "traces" / f"{split}.safetensors"
         if not path.exists():
-            command = f"shallowdeep record {self.folder}"
-            raise FileFormatError(f"{self.folder} has no Trace of its {split} split. Make it: {command}")
+            others = sorted(file.stem for file in path.parent.glob("*.safetensors"))
+            hint = f"Make it: shallowdeep record {self.folder}"
+            if others:
+                hint += f", if the data has such a split; there are {', '.join(others)}"
+            raise FileFormatError(f"{self.folder} has no Trace of its {split} split. {hint}")
         return Trace.load(path)
 
     def analyze(self) -> dict[str, Result]:
@@ -309,7 +313,8 @@ class Run:
         """
         place = Path(folder)
         Run.create(place, self.config)
-        sdn, traces = self.load(), {split: self.trace(split) for split in SPLITS}
+        recorded = [split for split in SPLITS if (self.folder / "traces" / f"{split}.safetensors").exists()]
+        sdn, traces = self.load(), {split: self.trace(split) for split in recorded or SPLITS}
         texts = ["config.json", "environment.json", "history.jsonl", "policy.json"]
         texts += [f"results/{path.name}" for path in sorted((self.folder / "results").glob("*.json"))]
         with making(place) as partial:
@@ -392,36 +397,3 @@ def _threads(number: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def describe_environment(data: Splits, device: str) -> dict[str, Any]:
-    """Hardware, versions, data and command: what a figure's reader needs to know."""
-    return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "revision": _revision(),
-        "data_md5": {split: part.md5() for split in SPLITS if isinstance(part := getattr(data, split), IndexedSamples)},
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("shallowdeep", "torch", "numpy", "lightning-fabric")},
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "processes": shard()[1],
-        "accelerator": torch.cuda.get_device_name() if device != "cpu" and torch.cuda.is_available() else None,
-    }
-
-
-def _revision() -> str | None:
-    """The commit of the checkout this package runs from, if it does."""
-    git, root = shutil.which("git"), Path(__file__).parents[2]
-    if git is None or not (root / ".git").exists():
-        return None
-    command = [git, "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

@@ -17,7 +17,7 @@ from shallowdeep.networks.costs import count_params
 from shallowdeep.networks.exits import InternalClassifier, TokenClassifier
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.networks.zoo import load_network
-from shallowdeep.storage import FORMAT, save_tensors
+from shallowdeep.storage import FORMAT, load_tensors, save_tensors
 
 TAPS = ("stem", "blocks.0", "blocks.1")
 
@@ -361,3 +361,45 @@ def test_data_parallel_is_refused_in_words(tiny_net, images):
     sdn = attach(tiny_net(), images, taps=("blocks.0",))
     with pytest.raises(NetworkError, match="Use DistributedDataParallel: torchrun"):
         sdn._replicate_for_data_parallel()  # what DataParallel calls for each device
+
+
+def forge(path, network):
+    """The same file, its network described in other words."""
+    tensors, info = load_tensors(path, kind="sdn")
+    save_tensors(path, tensors, kind="sdn", info={**info, "network": network})
+
+
+def test_no_file_runs_code_that_is_not_trusted(tmp_path):
+    sdn = attach(load_network("resnet20", num_classes=3), torch.zeros(1, 3, 32, 32), taps=("layer1.0",))
+    sdn.save(path := tmp_path / "sdn.safetensors")
+    forge(path, {"name": "os:mkdir", "path": str(tmp_path / "made")})
+    for trust in (False, "my.module:net", "os"):
+        with pytest.raises(NetworkError, match="built by code of its own, 'os:mkdir'"):
+            ShallowDeepNetwork.load(path, trust_code=trust)
+    forge(path, {"name": f"hf:{tmp_path}", "trust_remote_code": True})
+    with pytest.raises(NetworkError, match="where its configuration is needed and nothing else"):
+        ShallowDeepNetwork.load(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["sdn.safetensors"]
+
+
+def test_a_network_that_was_changed_is_no_longer_known_by_name(tmp_path):
+    net = load_network("resnet20", num_classes=3)
+    net.layer1[0].relu = nn.GELU()
+    net.fc = nn.Sequential(net.fc, nn.Identity())
+    attach(net, torch.zeros(1, 3, 32, 32), taps=("layer1.0",)).save(tmp_path / "sdn.safetensors")
+    with pytest.raises(FileFormatError, match="not known by name"):
+        ShallowDeepNetwork.load(tmp_path / "sdn.safetensors")
+
+
+def test_heads_come_back_in_the_backbones_number_type(tiny_net, images, tmp_path):
+    sdn = attach(tiny_net().bfloat16(), images.bfloat16(), taps=("blocks.0",)).eval()
+    sdn.save(tmp_path / "sdn.safetensors")
+    loaded = ShallowDeepNetwork.load(tmp_path / "sdn.safetensors", backbone=tiny_net().bfloat16()).eval()
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(loaded(images.bfloat16()), sdn(images.bfloat16()), strict=True))
+
+
+def test_one_way_of_giving_inputs_at_a_time(tiny_net, images):
+    sdn = attach(tiny_net(), images, taps=("blocks.0",))
+    with pytest.raises(NetworkError, match="one argument, or keywords: got both, with scale"):
+        sdn(images, scale=2.0)

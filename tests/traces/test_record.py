@@ -1,10 +1,12 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
 
 from shallowdeep.data.images import ImageSet
 from shallowdeep.data.labels import LabelTree
-from shallowdeep.errors import NetworkError
+from shallowdeep.errors import DataError, NetworkError
 from shallowdeep.networks.attach import attach
 from shallowdeep.networks.zoo import load_network
 from shallowdeep.traces.record import record
@@ -229,3 +231,21 @@ def test_autocast_outside_does_not_reach_in(sdn):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = record(sdn, make_images())
     assert all(torch.equal(a, b) for a, b in zip(found.logits, expected.logits, strict=True))
+
+
+def test_threads_that_record_one_network_do_not_meet(sdn):
+    sdn.train()
+    images, alone = make_images(), record(sdn, make_images())
+    with ThreadPoolExecutor(3) as pool:
+        traces = list(pool.map(lambda _: record(sdn, images, batch_size=7), range(6)))
+    for trace in traces:
+        for ours, theirs in zip(trace.logits, alone.logits, strict=True):
+            torch.testing.assert_close(ours, theirs)
+    assert sdn.training
+    assert all(parameter.requires_grad for parameter in sdn.parameters())
+
+
+def test_labels_in_some_batches_only(sdn):
+    x = make_images(n=4).example_inputs
+    with pytest.raises(DataError, match="some batches of stream have labels and some have none"):
+        record(sdn, [(x, torch.zeros(4, dtype=torch.int64)), x])

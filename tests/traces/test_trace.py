@@ -367,3 +367,9 @@ def test_a_cascade_is_of_the_same_samples(changes, message):
 
 def test_agreement_takes_the_last_answers_for_labels():
     assert make(labels=None).as_agreement().labels.tolist() == [1, 1, 2, 0]
+
+
+@pytest.mark.parametrize(("small", "large", "share"), [(2.5, 9.5, 2.5 / 9.5), (2.5, 9.0, 2.5 / 9), (2.0, 9.5, 2 / 9.5)])
+def test_a_cascade_in_any_one_unit(small, large, share):
+    parts = [Trace.from_logits([LAST], [1, 1, 2, 2], [cost]) for cost in (small, large)]
+    assert Trace.cascade(*parts).costs.relative().tolist() == pytest.approx([share, 1 + share])

@@ -106,3 +106,47 @@ def test_a_batch_that_cannot_be_shared_is_refused_and_leaves_nothing(plain):
     found = torchrun("fit", "--out", folder, *options({**FIT, "recipe.batch_size": 65, "strategy": "plain"}), ok=False)
     assert "a batch of 65 cannot be shared out evenly among 2 processes" in found.stderr
     assert not folder.exists()
+
+
+PROCESS = """
+import os, sys, torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+import shallowdeep as sd
+from shallowdeep.processes import join, shard
+
+torch.set_num_threads(1)
+join("cpu")
+rank = shard()[0]
+torch.manual_seed(0)
+x = torch.randn(129, 6)
+y = (x[:, 0] > 0).long()
+net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+net.register_parameter("unused", nn.Parameter(torch.zeros(3)))
+sdn = sd.attach(net, x[:2], taps=["1"])
+torch.manual_seed(rank)  # every process would shuffle in an order of its own
+ids = torch.arange(129)
+loader = DataLoader(TensorDataset(x, y, ids), batch_size=64, shuffle=True)  # 64, 64 and one
+recipe = sd.Recipe(epochs=2, batch_size=64, lr=0.1)
+splits = sd.Splits(train=sd.Stream(loader), val=sd.Stream(DataLoader(TensorDataset(x[:1], y[:1]), batch_size=1)))
+history = sd.fit(sdn, splits, recipe=recipe, device="cpu", progress=False)
+trace = sd.record(sdn, loader)
+one = sd.record(sdn, [(x[:1], y[:1])])
+print(rank, sorted(trace.ids.tolist()) == ids.tolist(), torch.equal(trace.labels, y), len(one),
+      history[-1]["loss"] > 0, len(history[-1]["train_accuracy"]), len(history[-1]["val_accuracy"]),
+      float(sum(p.double().sum() for p in sdn.parameters())))
+"""
+
+
+@pytest.mark.slow
+def test_a_stream_in_two_processes_loses_nothing_and_waits_for_nobody(tmp_path):
+    (tmp_path / "script.py").write_text(PROCESS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    found = subprocess.run(
+        [*command, str(tmp_path / "script.py")], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    lines = sorted(line.split(" ", 1) for line in found.stdout.splitlines() if line[:2] in ("0 ", "1 "))
+    assert [rank for rank, _ in lines] == ["0", "1"]
+    assert lines[0][1] == lines[1][1], "the processes ended at different weights"
+    assert lines[0][1].startswith("True True 1 True 2 2 ")

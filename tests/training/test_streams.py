@@ -188,3 +188,35 @@ def test_labels_that_are_there_change_nothing_in_distillation(build, little):
     fit(with_labels, list(batches_of(little, 0)), strategy="distil", **OPTIONS)
     fit(without, [inputs for inputs, _ in batches_of(little, 0)], strategy="distil", **OPTIONS)
     assert same(state(with_labels), state(without))
+
+
+class Odd(nn.Module):
+    """What fits no picture of a network: a mask of infinities, a five-dimensional weight, one-by-one convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+        self.volume = nn.Conv3d(3, 8, (1, 3, 3), padding=(0, 1, 1))
+        self.mix, self.pool, self.head = nn.Conv2d(8, 32, 1), nn.AvgPool2d(32), nn.Linear(32, 10)
+
+    def forward(self, x):
+        return self.head(self.pool(self.mix(self.volume(x[:, :, None])[:, :, 0]).relu()).flatten(1))
+
+
+def test_the_default_recipe_trains_odd_networks_and_leaves_a_frozen_one_as_it_was(digits):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sdn = attach(Odd(), digits.example_inputs, taps=("mix",)).eval()
+    strides = [p.stride() for p in sdn.parameters()]
+    with torch.no_grad():
+        before = sdn(digits.test.example_inputs)[-1]
+    fit(sdn, [digits.train.example_inputs] * 2, strategy="distil", epochs=1, device="cpu", progress=False)
+    with torch.no_grad():
+        assert torch.equal(sdn(digits.test.example_inputs)[-1], before)
+    assert [p.stride() for p in sdn.parameters()] == strides
+
+
+def test_a_label_that_no_output_is_for_is_named(build, little):
+    batches = [(inputs, labels + 5) for inputs, labels in batches_of(little, 0)]
+    with pytest.raises(DataError, match="there are 10 classes, counted from 0"):
+        fit(build(), batches, **OPTIONS)

@@ -22,6 +22,7 @@ from shallowdeep.data.preprocess import Preprocessing
 from shallowdeep.data.samples import Augmentation, Batch
 from shallowdeep.data.stratify import stratified_split
 from shallowdeep.errors import DataError, ShallowDeepError
+from shallowdeep.processes import shard
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +38,8 @@ class EncodedImages:
         name: of the data set.
         split: ``"train"``, ``"val"`` or ``"test"``.
         tree: the labels' two levels, where the data set has two.
-        num_workers: processes that decode; ``None``: as many as there are cores, up to eight; 0: none, this
-            process decodes.
+        num_workers: processes that decode; ``None``: as many as there are cores for each process that trains, up to
+            eight; 0: none, this process decodes.
         device: where batches come.
 
     Raises:
@@ -166,7 +167,8 @@ class EncodedImages:
             yield Batch(self._normalise(inputs.contiguous(memory_format=format)), labels, ids)
 
     def _decoded(self, rows: list[Tensor], reader: _Reader) -> Iterator[UInt8[Tensor, "b 3 s s"]]:
-        wanted = min(8, _cores()) if self.num_workers is None else self.num_workers
+        share = max(1, _cores() // shard()[1])
+        wanted = min(8, share) if self.num_workers is None else self.num_workers
         workers = wanted if len(rows) > 1 else 0
         asked: list[Any] = [self.ids[chosen].tolist() for chosen in rows]
         loader = DataLoader(

@@ -108,6 +108,12 @@ class Stream:
         moved.device = torch.device(device)
         return moved
 
+    def with_classes(self, num_classes: int) -> Stream:
+        """The same source, whose labels must be below a number."""
+        told = copy.copy(self)
+        told.num_classes = num_classes
+        return told
+
     def num_batches(self, batch_size: int = 0, drop_last: bool = False) -> int:
         """How many batches a pass has, whatever size and treatment of the last one is asked for.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -150,16 +152,30 @@ def evaluating(net: nn.Module) -> Iterator[None]:
     No weight asks for a gradient either: PyTorch's FLOP counter stumbles, under ``no_grad``, over one that is given
     to a submodule as an input.
     """
-    modes = {module: module.training for module in net.modules()}
-    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    net.eval()
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        with torch.no_grad():
-            yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        for module, mode in modes.items():
-            module.training = mode
+    with taking_turns(net):  # another thread would take this one's modes for the network's own
+        modes = {module: module.training for module in net.modules()}
+        trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+        net.eval()
+        try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            with torch.no_grad():
+                yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            for module, mode in modes.items():
+                module.training = mode
+
+
+_turns: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_turns_guard = threading.Lock()
+
+
+@contextmanager
+def taking_turns(net: nn.Module) -> Iterator[None]:
+    """Threads that change the same network take turns; a thread already inside goes on."""
+    with _turns_guard:
+        lock = _turns.setdefault(net, threading.RLock())
+    with lock:
+        yield

@@ -21,8 +21,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from shallowdeep.errors import TraceError
 from shallowdeep.networks.calls import call, evaluating
 
-UNIT = 10**12  # what a cost of 1.0 is counted as where costs are fractions, not FLOPs
-
 
 @dataclass(frozen=True)
 class Costs:
@@ -41,12 +39,12 @@ class Costs:
     Backbone and heads are kept apart so that an exit that is switched off costs nothing.
     """
 
-    backbone_flops: tuple[int, ...]
-    head_flops: tuple[int, ...]
+    backbone_flops: tuple[int | float, ...]
+    head_flops: tuple[int | float, ...]
     backbone_params: tuple[int, ...]
     head_params: tuple[int, ...]
     nominal: tuple[float, ...] | None = None
-    plain_flops: int | None = None
+    plain_flops: int | float | None = None
 
     def __post_init__(self) -> None:
         lengths = {
@@ -124,16 +122,16 @@ class Costs:
     def from_totals(cls, totals: Iterable[int | float]) -> Costs:
         """Costs where only the total up to each exit is known, in any unit; the last is the plain network's.
 
+        They stand where FLOPs do, fractions too. Costs of two networks compare in one unit only.
+
         >>> Costs.from_totals([0.25, 0.5, 1.0]).relative().tolist()
         [0.25, 0.5, 1.0]
         """
         values = [float(total) for total in totals]
         if not values or not all(math.isfinite(v) and v >= 0 for v in values) or values[-1] <= 0:
             raise TraceError(f"costs are finite numbers from 0 on, one per exit, the last above 0; got {values}.")
-        whole = all(value.is_integer() for value in values)
-        scale = 1.0 if whole else UNIT / values[-1]
         none = (0,) * len(values)
-        return cls(tuple(round(value * scale) for value in values), none, none, none)
+        return cls(tuple(int(value) if value.is_integer() else value for value in values), none, none, none)
 
 
 def count_flops(module: nn.Module, inputs: Any) -> int:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from shallowdeep.errors import FileFormatError, NetworkError, ShallowDeepError
 from shallowdeep.networks.calls import LogitsOf, call, find_logits, first_line
 from shallowdeep.networks.costs import Costs
+from shallowdeep.networks.cut import FinalHeadNetwork, TruncatedNetwork
 from shallowdeep.networks.exits import build_head, head_config
 from shallowdeep.networks.hub import WEIGHTS, find_weights, push_folder, write_card
 from shallowdeep.networks.sites import Site
-from shallowdeep.networks.taps import run_until, tapped
+from shallowdeep.networks.taps import tapped
 from shallowdeep.networks.zoo import NetworkSpec, rebuild_network, spec_of
 from shallowdeep.storage import load_tensors, misfits, read_as, save_tensors, shown
 
@@ -100,6 +101,10 @@ class ShallowDeepNetwork(nn.Module):
 
     def forward(self, x: Any = None, /, **inputs: Any) -> list[Tensor]:
         """Logits of every exit, the last being the backbone's own."""
+        if inputs and x is not None:
+            raise NetworkError(
+                f"inputs are one argument, or keywords: got both, with {', '.join(inputs)}. Put them into one mapping."
+            )
         x = inputs or x
         # A compiled graph is traced with the taps open, and a thread's identity is nothing to trace.
         if torch.compiler.is_compiling() or self._inside == threading.get_ident():
@@ -222,7 +227,7 @@ class ShallowDeepNetwork(nn.Module):
         head: Callable[[Site, int], nn.Module] | None = None,
         final_head: nn.Module | None = None,
         logits: LogitsOf | None = None,
-        trust_code: bool = False,
+        trust_code: bool | str = False,
     ) -> ShallowDeepNetwork:
         """Read back what ``save`` wrote; nothing is unpickled, and no weights are fetched.
 
@@ -232,7 +237,8 @@ class ShallowDeepNetwork(nn.Module):
             head: builds the heads where they were the user's own.
             final_head: the module that was given to ``attach`` under this name, if one was.
             logits: as for ``attach``.
-            trust_code: let a file whose network is named ``package.module:function`` import and call that.
+            trust_code: let a file whose network is named ``package.module:function`` import and call that; a
+                name: that one alone.
 
         Raises:
             FileFormatError: the file is truncated, foreign, or its weights do not fit the network.
@@ -325,44 +331,6 @@ class ShallowDeepNetwork(nn.Module):
         return f"relative cost to each exit: {{{shares}, last: {self.costs.relative()[-1]:.3f}}}"
 
 
-class FinalHeadNetwork(nn.Module):
-    """A backbone followed by a final head: inputs to the last exit's logits ``(n, outputs)``."""
-
-    def __init__(self, backbone: nn.Module, final_head: nn.Module, logits: LogitsOf | None):
-        super().__init__()
-        self.backbone = backbone
-        self.final_head = final_head
-        self._logits_of = logits
-
-    def forward(self, x: Any) -> Tensor:
-        """Logits of the last exit."""
-        return self.final_head(find_logits(call(self.backbone, x), self._logits_of))
-
-
-class TruncatedNetwork(nn.Module):
-    """A backbone that runs only as far as a tap, and the exit there.
-
-    Args:
-        backbone: changed: the modules named in ``unreached`` are taken out.
-        tap: where to stop.
-        head: the exit at the tap.
-        unreached: submodules that never run before the tap is done.
-    """
-
-    def __init__(self, backbone: nn.Module, tap: str, head: nn.Module, unreached: Sequence[str]):
-        super().__init__()
-        self.backbone = backbone
-        self.tap = tap
-        self.head = head
-        for name in unreached:
-            parent, _, leaf = name.rpartition(".")
-            setattr(backbone.get_submodule(parent), leaf, nn.Identity())
-
-    def forward(self, x: Any) -> Tensor:
-        """Logits of the exit, ``(n, outputs)``."""
-        return self.head(run_until(self.backbone, self.tap, x))
-
-
 def _check_sizes(config: Mapping[str, Any], placements: Sequence[Placement], costs: Costs, num_weights: int) -> None:
     """Refuse sizes that disagree, before a network of a damaged size takes all memory."""
     num_outputs = sum(config["label_spaces"].values())
@@ -380,13 +348,14 @@ def _check_sizes(config: Mapping[str, Any], placements: Sequence[Placement], cos
         raise ValueError("its sizes disagree")
 
 
-def _named_network(config: Mapping[str, Any], path: object, trust_code: bool) -> nn.Module:
+def _named_network(config: Mapping[str, Any], path: object, trust_code: bool | str) -> nn.Module:
     if config["network"] is None:
         raise FileFormatError(
             f"{path} holds a network that is not known by name. Build it and pass it: load(path, backbone=net)."
         )
     options = dict(config["network"])
-    return rebuild_network(NetworkSpec(options.pop("name"), options), trust_code=trust_code)
+    name = options.pop("name")
+    return rebuild_network(NetworkSpec(name, options), trust_code=trust_code is True or trust_code == name)
 
 
 def _load_weights(sdn: ShallowDeepNetwork, tensors: Mapping[str, Tensor], path: object) -> None:
@@ -399,9 +368,10 @@ def _load_weights(sdn: ShallowDeepNetwork, tensors: Mapping[str, Tensor], path: 
             f"first {shown(wrong[0])}. Pass the backbone, heads and final head it was saved with."
         )
     _check_names(sdn, path)
+    like = next((weight for weight in sdn.backbone.parameters() if weight.is_floating_point()), torch.empty(0))
     for head in sdn.exits:
         if any(weight.is_meta for weight in head.parameters()):
-            head.to_empty(device="cpu")
+            head.to_empty(device=like.device).to(like.dtype)
     own = sdn.state_dict()
     own.update(tensors)  # with the versions that modules note beside their weights, which some ask for
     sdn.load_state_dict(own)

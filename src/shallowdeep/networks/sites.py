@@ -22,6 +22,7 @@ from shallowdeep.networks.calls import (
     find_logits,
     first_line,
     first_tensor,
+    taking_turns,
 )
 from shallowdeep.networks.costs import flop_counter
 from shallowdeep.networks.taps import (
@@ -30,7 +31,6 @@ from shallowdeep.networks.taps import (
     run_until,
     submodule,
     take_rows,
-    taking_turns,
     watched,
 )
 
@@ -278,6 +278,6 @@ def _compare(found: Tensor, reference: Tensor, rows: Tensor) -> str:
         return f"with {len(rows)} of {len(reference)} rows kept there, {len(found)} rows of logits come out"
     # Other rows of the batch change a sum's order, never more; the samples themselves differ by far more.
     spread = (reference - reference.mean(0)).abs().max()
-    if (found - reference[rows]).abs().max() > 1e-2 * spread + 1e-6 * reference.abs().max():
+    if not (found - reference[rows]).abs().max() <= 1e-2 * spread + 1e-6 * reference.abs().max():
         return "the rows kept there come out changed: later layers mix the samples"
     return ""

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from shallowdeep.errors import IllegalTap
-from shallowdeep.networks.calls import call, first_tensor
-
-_turns: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-_turns_guard = threading.Lock()
+from shallowdeep.networks.calls import call, first_tensor, taking_turns
 
 
 def submodule(net: nn.Module, name: str) -> nn.Module:
@@ -209,13 +204,4 @@ def _hooked(hooks: Iterable[tuple[nn.Module, Any]]) -> Iterator[None]:
     with ExitStack() as stack:
         for module, hook in list(hooks):
             stack.callback(module.register_forward_hook(hook).remove)
-        yield
-
-
-@contextmanager
-def taking_turns(net: nn.Module) -> Iterator[None]:
-    """Threads that hook the same network take turns; a thread already inside goes on."""
-    with _turns_guard:
-        lock = _turns.setdefault(net, threading.RLock())
-    with lock:
         yield

@@ -29,6 +29,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     build.__name__: build for build in (vgg16, resnet20, resnet56, resnet110, wrn32_4, mobilenet)
 }
 IMAGE_SIZES = (32, 64)
+_OF_HF = {"config", "image_size", "num_classes", "preprocessing", "task"}  # what a saved network of transformers has
 LIBRARIES: dict[str, Callable[[Request], Built]] = {
     "timm": from_timm,
     "torchvision": from_torchvision,
@@ -101,6 +102,7 @@ def _described(built: Built, preprocessing: Preprocessing | Mapping[str, Any] | 
     plain = as_json(options)
     built.net.shallowdeep_spec = None if plain is None else NetworkSpec(built.spec.name, plain)  # type: ignore[assignment]
     built.net.shallowdeep_preprocessing = prepared  # type: ignore[assignment]
+    built.net.shallowdeep_structure = repr(built.net)  # type: ignore[assignment]
     return built.net
 
 
@@ -123,8 +125,9 @@ def _from_ours(request: Request) -> Built:
 
 
 def spec_of(net: nn.Module) -> NetworkSpec | None:
-    """How a network that ``load_network`` built can be built again; ``None`` for any other."""
-    return getattr(net, "shallowdeep_spec", None)
+    """How a network that ``load_network`` built can be built again; ``None`` for any other, or once it was rebuilt."""
+    spec, structure = getattr(net, "shallowdeep_spec", None), getattr(net, "shallowdeep_structure", None)
+    return spec if structure in (None, repr(net)) else None
 
 
 def rebuild_network(spec: NetworkSpec, *, trust_code: bool = False) -> nn.Module:
@@ -141,6 +144,11 @@ def rebuild_network(spec: NetworkSpec, *, trust_code: bool = False) -> nn.Module
         raise NetworkError(
             f"the network of this file is built by code of its own, '{spec.name}'. "
             "If you trust it, pass trust_code=True; else build the network and pass backbone=."
+        )
+    if spec.name.startswith("hf:") and not {"config"} <= spec.options.keys() <= _OF_HF:
+        raise NetworkError(
+            f"'{spec.name}' is described by {', '.join(sorted(spec.options)) or 'nothing'}, where its configuration is "
+            "needed and nothing else. Build the network and pass backbone=."
         )
     fetching = ("pretrained", "weights", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay")
     options = {key: value for key, value in spec.options.items() if key not in fetching}

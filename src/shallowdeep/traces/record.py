@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from shallowdeep.data.pytrees import map_tensors
 from shallowdeep.data.samples import Samples
 from shallowdeep.data.streams import as_samples
-from shallowdeep.errors import ConfigError, NetworkError
+from shallowdeep.errors import ConfigError, DataError, NetworkError
 from shallowdeep.networks.calls import evaluating
+from shallowdeep.networks.costs import Costs
 from shallowdeep.networks.multi_exit import MultiExitNetwork
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.networks.zoo import spec_of
@@ -54,7 +55,7 @@ def record(
 
     Raises:
         NetworkError: the samples do not fit the network, or it has fewer outputs than there are classes.
-        DataError: the data is no samples, or has none.
+        DataError: the data is no samples, or has none, or only some have labels.
     """
     samples = as_samples(data, split=split or "")
     sdn = _with_exits(network, samples)
@@ -63,9 +64,10 @@ def record(
             f"the network has {sdn.num_outputs} outputs, the data {samples.num_classes} classes. "
             f"Build it with num_classes={samples.num_classes}."
         )
-    device = _device(sdn)
+    device, own = _device(sdn), shard()
     batches = track(
-        samples.batches(batch_size, shard=shard()),
+        # The same order in all processes, also of a loader that shuffles.
+        samples.batches(batch_size, shard=own, seed=0 if own[1] > 1 else None),
         _num_batches(samples, batch_size),
         f"record {split or samples.split}",
         shown=progress and is_first(),
@@ -78,14 +80,25 @@ def record(
                 store.append(found.float().cpu())
             labels.append(batch.labels)
             ids.append(batch.ids.cpu())
-    trace = Trace(
-        tuple(_joined(store) for store in logits),
-        None if None in labels else torch.cat(labels).cpu(),
-        torch.cat(ids),
-        sdn.costs,
-        _info(sdn, samples, split, strategy),
+    if len({found is None for found in labels}) > 1:
+        raise DataError(f"some batches of {samples.name} have labels and some have none. Label all of them, or none.")
+    info = _info(sdn, samples, split, strategy)
+    if own[1] == 1:
+        known = None if labels[0] is None else torch.cat(labels).cpu()
+        return Trace(tuple(_joined(store) for store in logits), known, torch.cat(ids), sdn.costs, info)
+    parts = gather((logits, [None if found is None else found.cpu() for found in labels], ids))
+    return _merged(parts, sdn.costs, info)
+
+
+def _merged(parts: list[Any], costs: Costs, info: TraceInfo) -> Trace:
+    """One Trace of what several processes recorded, ordered by id; one of them may have met no sample."""
+    together = torch.cat([chunk for _, _, ids in parts for chunk in ids])
+    order = together.argsort(stable=True)
+    known = [chunk for _, labels, _ in parts for chunk in labels]
+    logits = tuple(
+        torch.cat([chunk for logits, _, _ in parts for chunk in logits[exit]])[order] for exit in range(costs.num_exits)
     )
-    return Trace.merge(gather(trace)) if shard()[1] > 1 else trace
+    return Trace(logits, None if known[0] is None else torch.cat(known)[order], together[order], costs, info)
 
 
 def _with_exits(network: nn.Module, samples: Samples) -> ShallowDeepNetwork | MultiExitNetwork:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from shallowdeep.data.samples import Augmentation, Batch, Samples, Splits
-from shallowdeep.data.streams import as_splits
+from shallowdeep.data.streams import Stream, as_splits
 from shallowdeep.errors import ConfigError, DataError, NetworkError, TrainingDiverged
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.processes import is_first, make_fabric, shard
@@ -23,6 +23,7 @@ from shallowdeep.progress import Bar, bar
 from shallowdeep.training.checkpoint import Checkpoint
 from shallowdeep.training.recipes import Recipe
 from shallowdeep.training.strategies import Phase, RecipeFor, Strategy, named_strategy, with_epochs
+from shallowdeep.training.tally import Tally
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -91,7 +92,7 @@ def fit(
         if isinstance(strategy, tuple)
         else named_strategy(strategy, sdn, recipe, epochs=epochs)
     )
-    splits = as_splits(data)
+    splits = _knowing_classes(as_splits(data), sdn.num_outputs)
     _check(sdn, splits, phases)
     checkpoint = Checkpoint(None if folder is None else Path(folder), _identity(splits, seed, phases))
     if is_first():
@@ -103,6 +104,16 @@ def fit(
         for number, phase in enumerate(phases):
             run.train_phase(number, phase, resume=resume)
     return run.history
+
+
+def _knowing_classes(data: Splits, num_outputs: int) -> Splits:
+    """Streams that do not know how many labels there are get to know how many there can be, and say which is none."""
+    known = {
+        name: part.with_classes(num_outputs)
+        for name in ("train", "val")
+        if isinstance(part := getattr(data, name), Stream) and not part.num_classes
+    }
+    return replace(data, **known)
 
 
 def _check(sdn: ShallowDeepNetwork, data: Splits, phases: Strategy) -> None:
@@ -157,17 +168,18 @@ class _Run:
 
     def train_phase(self, number: int, phase: Phase, *, resume: bool) -> None:
         recipe = phase.recipe
-        fabric = _fabric(recipe, self.place)
+        fabric = _fabric(phase, self.place)
         self.sdn.to(device=fabric.device)
         with _memory_format(self.sdn, recipe), _frozen_for(self.sdn, phase):
             optimizer = recipe.build_optimizer(_trained(self.sdn, phase))
             first = self.checkpoint.load(self.sdn, optimizer, number) if resume else 0
             stage = self._set_up(fabric, phase, optimizer)
+            odd = _not_finite(self.sdn)  # a causal mask holds infinities
             total = recipe.epochs * stage.steps
             done = min(first, recipe.epochs) * stage.steps
             with bar(f"train {phase.trains}", total, done=done, shown=self.progress and is_first()) as line:
                 for epoch in range(first, recipe.epochs):
-                    self.history.append({"phase": number, **self._epoch(stage, number, epoch, line)})
+                    self.history.append({"phase": number, **self._epoch(stage, number, epoch, line, odd)})
                     if is_first():
                         self.checkpoint.save(self.sdn, optimizer, number, epoch + 1, self.history)
                     fabric.barrier()  # nobody reads, or ends, before it is written
@@ -176,13 +188,15 @@ class _Run:
         network: nn.Module = LastExit(self.sdn) if phase.trains == "backbone" else self.sdn
         model, wrapped = fabric.setup(network, optimizer)
         data = self.data.to(fabric.device)
-        return _Stage(self.sdn, phase, fabric, model, wrapped, data.train, data.val, data.augment)
+        return _Stage(self.sdn, phase, fabric, network, model, wrapped, data.train, data.val, data.augment)
 
-    def _epoch(self, stage: _Stage, number: int, epoch: int, line: Bar) -> dict[str, Any]:
+    def _epoch(self, stage: _Stage, number: int, epoch: int, line: Bar, odd: list[str]) -> dict[str, Any]:
         started = time.perf_counter()
         record = _train_epoch(stage, epoch, _epoch_seed(self.seed, number, epoch), line)
         record = {"trains": stage.phase.trains, **record, "seconds": time.perf_counter() - started}
-        _check_weights(self.sdn, epoch)
+        spoilt = [name for name in _not_finite(self.sdn) if name not in odd]
+        if spoilt:  # the last step can spoil weights that no loss has seen yet
+            raise _diverged(f"'{spoilt[0]}' is no longer finite", epoch)
         if stage.val is not None and self.validate_every and (epoch + 1) % self.validate_every == 0:
             record |= _validate(stage, stage.val)
         return record
@@ -195,6 +209,7 @@ class _Stage:
     sdn: ShallowDeepNetwork
     phase: Phase
     fabric: Fabric
+    network: nn.Module
     model: Any
     optimizer: Any
     train: Samples
@@ -223,43 +238,10 @@ class LastExit(nn.Module):
         return [self.sdn.run_backbone(x)]
 
 
-@dataclass
-class _Tally:
-    """What a pass over some data has met so far; ``total`` adds up what all processes have met."""
-
-    device: torch.device
-    loss: Any = 0.0
-    right: Any = 0
-    num_batches: int = 0
-    num_samples: int = 0
-    labelled: bool = True
-
-    def add(self, batch: Batch, logits: list[Tensor], loss: Tensor | float = 0.0) -> None:
-        """Count a batch: how many labels each exit finds, or, without labels, of the last exit's answers."""
-        self.labelled = batch.labels is not None
-        wanted = logits[-1].argmax(1) if batch.labels is None else batch.labels
-        self.right = self.right + torch.stack([(x.argmax(1) == wanted).sum() for x in logits])
-        self.loss = self.loss + loss
-        self.num_batches += 1
-        self.num_samples += len(wanted)
-
-    def total(self, fabric: Fabric) -> tuple[float, list[float]]:
-        """Mean loss, and the share each exit has right."""
-        loss = torch.as_tensor(self.loss, dtype=torch.float32, device=self.device)
-        counts = torch.tensor([self.num_batches, self.num_samples], device=self.device)
-        totals: Any = fabric.all_reduce({"loss": loss, "right": self.right, "counts": counts}, reduce_op="sum")
-        num_batches, num_samples = totals["counts"].tolist()
-        return float(totals["loss"]) / num_batches, (totals["right"] / num_samples).tolist()
-
-    @property
-    def name(self) -> str:
-        """Of the share: ``"accuracy"``, or ``"agreement"`` without labels."""
-        return "accuracy" if self.labelled else "agreement"
-
-
 def _train_epoch(stage: _Stage, epoch: int, seed: int, line: Bar) -> dict[str, Any]:
     recipe, steps, own = stage.phase.recipe, stage.steps, shard()
-    tally, loss, shares = _Tally(stage.fabric.device), 0.0, []
+    tally, totalled = Tally(stage.fabric.device), 0
+    loss, shares = 0.0, []
     torch.manual_seed(seed)
     stage.model.train()
     batches = stage.train.batches(
@@ -277,11 +259,14 @@ def _train_epoch(stage: _Stage, epoch: int, seed: int, line: Bar) -> dict[str, A
             tally.add(batch, *_train_batch(stage, batch, (epoch + step / steps) / recipe.epochs))
             line.advance()
             if (step + 1) % REPORT_EVERY == 0 or step + 1 == steps:
-                loss, shares = tally.total(stage.fabric)
+                totalled, (loss, shares) = step + 1, tally.total(stage.fabric)
                 _check_finite(loss, epoch)
                 words = " ".join(f"{100 * share:.0f}" for share in shares)
                 line.say(f"epoch {epoch + 1}/{recipe.epochs}  loss {loss:.3f}  {tally.name} {words}")
-    if tally.num_batches != steps and own[1] == 1:  # of several processes none takes a batch too small for all
+    if tally.num_batches > totalled:  # fewer batches than announced
+        loss, shares = tally.total(stage.fabric)
+        _check_finite(loss, epoch)
+    if tally.num_batches != steps and (own[1] == 1 or not shares):  # several leave out a batch too small for all
         raise DataError(
             f"epoch {epoch + 1} gave {tally.num_batches} batches of the {steps} that were announced. "
             "Give data that can be gone through again, or the right num_batches."
@@ -316,11 +301,15 @@ def _train_batch(stage: _Stage, batch: Batch, done: float) -> tuple[list[Tensor]
 def _validate(stage: _Stage, val: Samples) -> dict[str, Any]:
     """Accuracy of each exit that the phase runs, in the phase's own precision."""
     stage.model.eval()
-    tally = _Tally(stage.fabric.device)
-    batches = val.batches(500, channels_last=stage.phase.recipe.channels_last, shard=shard())
-    with torch.no_grad(), stage.tapped():
+    own = shard()
+    tally = Tally(stage.fabric.device, num_exits=1 if stage.phase.trains == "backbone" else stage.sdn.num_exits)
+    # The same order in all processes, also of a loader that shuffles; and not through DDP, which counts steps.
+    batches = val.batches(
+        500, channels_last=stage.phase.recipe.channels_last, shard=own, seed=0 if own[1] > 1 else None
+    )
+    with torch.no_grad(), stage.tapped(), stage.fabric.autocast():
         for batch in batches:
-            tally.add(batch, stage.model(batch.inputs))
+            tally.add(batch, stage.network(batch.inputs))
     return {f"val_{tally.name}": tally.total(stage.fabric)[1]}
 
 
@@ -329,11 +318,10 @@ def _check_finite(loss: float, epoch: int) -> None:
         raise _diverged(f"the loss became {loss}", epoch)
 
 
-def _check_weights(sdn: ShallowDeepNetwork, epoch: int) -> None:
-    """The last step of an epoch can spoil weights that no loss has seen yet."""
-    for name, tensor in sdn.state_dict().items():
-        if not tensor.isfinite().all():
-            raise _diverged(f"'{name}' is no longer finite", epoch)
+def _not_finite(sdn: ShallowDeepNetwork) -> list[str]:
+    """Names of the weights and buffers that are not finite."""
+    tensors = sdn.state_dict().items()
+    return [name for name, tensor in tensors if isinstance(tensor, Tensor) and not tensor.isfinite().all()]
 
 
 def _diverged(what: str, epoch: int) -> TrainingDiverged:
@@ -349,14 +337,20 @@ def _memory_format(sdn: ShallowDeepNetwork, recipe: Recipe) -> Iterator[None]:
 
     A frozen network would otherwise give its answers in another order of sums than before.
     """
-    before = [p for p in sdn.parameters() if p.is_contiguous()]
-    if recipe.channels_last:
-        sdn.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    maps = [t for t in (*sdn.parameters(), *sdn.buffers()) if t.ndim == 4 and t.is_floating_point()]
+    before = [(t, t.stride()) for t in maps if recipe.channels_last]
     try:
+        for tensor, _ in before:
+            tensor.data = tensor.data.to(memory_format=torch.channels_last)
         yield
     finally:
-        for parameter in before:
-            parameter.data = parameter.data.contiguous()
+        for tensor, strides in before:
+            if tensor.stride() != strides:
+                tensor.data = torch.empty_strided(tensor.shape, strides, **_like(tensor)).copy_(tensor.data)
+
+
+def _like(tensor: Tensor) -> dict[str, Any]:
+    return {"dtype": tensor.dtype, "device": tensor.device}
 
 
 @contextmanager
@@ -390,12 +384,14 @@ def _trained(sdn: ShallowDeepNetwork, phase: Phase) -> list[nn.Parameter]:
     return found
 
 
-def _fabric(recipe: Recipe, place: _Place) -> Fabric:
+def _fabric(phase: Phase, place: _Place) -> Fabric:
+    recipe = phase.recipe
     fabric = make_fabric(
         place.device,
         devices=place.devices,
         num_nodes=place.num_nodes,
         precision=_precision(recipe, place.device),
+        all_used=phase.trains == "exits",
     )
     if recipe.batch_size % fabric.world_size:
         raise ConfigError(

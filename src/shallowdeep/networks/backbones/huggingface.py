@@ -78,7 +78,8 @@ def _config(transformers: Any, request: Request, origin: str | None, values: Any
     if origin is None:
         return transformers.AutoConfig.for_model(request.name, **options)
     # Many weights are published in half precision, which is chosen here, never found.
-    return transformers.AutoConfig.from_pretrained(origin, **{"dtype": "float32", **options})
+    options = {"dtype": "float32", **options, "trust_remote_code": False}
+    return transformers.AutoConfig.from_pretrained(origin, **options)
 
 
 def _auto_class(transformers: Any, config: Any, task: str | None) -> Any:
