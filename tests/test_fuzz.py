@@ -398,7 +398,7 @@ def test_a_trace_of_odd_tensors(name, number, tmp_path):
     ("key", "value"),
     [
         ("head_flops", [-1, 3, 0]), ("backbone_params", [5, 6, -7]), ("backbone_flops", ["a", "b", "c"]),
-        ("head_flops", [0.5, 3, 0]), ("nominal", ["x", 0.6, 1.0]), ("backbone_flops", [10, 20]), ("head_flops", 3),
+        ("head_params", [0.5, 3, 0]), ("nominal", ["x", 0.6, 1.0]), ("backbone_flops", [10, 20]), ("head_flops", 3),
     ],
 )  # fmt: skip
 def test_a_trace_with_costs_that_are_none(key, value, tmp_path):
