@@ -62,17 +62,27 @@ def example_logits(net: nn.Module, inputs: Any, logits: LogitsOf | None = None) 
     Raises:
         NetworkError: it does not take the example, or returns no logits.
     """
+    found = find_logits(call_on_example(net, inputs), logits)
+    if not found.isfinite().all():
+        raise NetworkError("the network answers the example inputs with logits that are not finite. Check its weights.")
+    return found
+
+
+def call_on_example(net: nn.Module, inputs: Any) -> Any:
+    """What a network returns for an example.
+
+    Raises:
+        NetworkError: it does not take the example.
+    """
     try:
-        output = call(net, inputs)
+        return call(net, inputs)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:  # what layers raise on a wrong shape
         raise NetworkError(
             f"the network does not take the example inputs: {first_line(error)}. "
             "Pass example_inputs of the shape it is made for."
         ) from error
-    found = find_logits(output, logits)
-    if not found.isfinite().all():
-        raise NetworkError("the network answers the example inputs with logits that are not finite. Check its weights.")
-    return found
 
 
 def first_line(error: Exception) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from shallowdeep.errors import NetworkError
-from shallowdeep.networks.calls import batch_size, call, evaluating, find_logits, first_line
+from shallowdeep.networks.calls import batch_size, call, call_on_example, evaluating, find_logits
 from shallowdeep.networks.costs import Costs, count_params, flop_counter
 from shallowdeep.networks.sites import params_entered
 from shallowdeep.networks.taps import submodule, watched
@@ -164,14 +164,7 @@ def _watch(net: nn.Module, inputs: Any, exits_of: ExitsOf | None) -> _Watch:
             leaves.append(_Leave(name, output, flops, flops - start, len(entered)))
 
     with evaluating(net), flop_counter() as counter, watched(net, enter, leave):
-        try:
-            output = call(net, inputs)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:  # what layers raise on a wrong shape
-            raise NetworkError(
-                f"the network does not take the example inputs: {first_line(error)}. "
-                "Pass example_inputs of the shape it is made for."
-            ) from error
-        logits = find_exits(output, exits_of)
+        logits = find_exits(call_on_example(net, inputs), exits_of)
     return _Watch(leaves, logits, list(entered), counter.get_total_flops())
 
 

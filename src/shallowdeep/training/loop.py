@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.processes import is_first, make_fabric, shard
 from shallowdeep.progress import Bar, bar
 from shallowdeep.training.checkpoint import Checkpoint
+from shallowdeep.training.prepared import frozen_for, laid_out_for, trained_by
 from shallowdeep.training.recipes import Recipe
 from shallowdeep.training.strategies import Phase, RecipeFor, Strategy, named_strategy, with_epochs
 from shallowdeep.training.tally import Tally
@@ -170,8 +171,8 @@ class _Run:
         recipe = phase.recipe
         fabric = _fabric(phase, self.place)
         self.sdn.to(device=fabric.device)
-        with _memory_format(self.sdn, recipe), _frozen_for(self.sdn, phase):
-            optimizer = recipe.build_optimizer(_trained(self.sdn, phase))
+        with laid_out_for(self.sdn, recipe), frozen_for(self.sdn, phase):
+            optimizer = recipe.build_optimizer(trained_by(self.sdn, phase))
             first = self.checkpoint.load(self.sdn, optimizer, number) if resume else 0
             stage = self._set_up(fabric, phase, optimizer)
             odd = _not_finite(self.sdn)  # a causal mask holds infinities
@@ -329,59 +330,6 @@ def _diverged(what: str, epoch: int) -> TrainingDiverged:
         f"{what} in epoch {epoch + 1}. The checkpoint of the epoch before is kept. "
         "Lower the peak learning rate (recipe.lr) or clip gradients (recipe.clip_norm)."
     )
-
-
-@contextmanager
-def _memory_format(sdn: ShallowDeepNetwork, recipe: Recipe) -> Iterator[None]:
-    """Channels last inside, where the recipe wants that; afterwards every weight lies as it did.
-
-    A frozen network would otherwise give its answers in another order of sums than before.
-    """
-    maps = [t for t in (*sdn.parameters(), *sdn.buffers()) if t.ndim == 4 and t.is_floating_point()]
-    before = [(t, t.stride()) for t in maps if recipe.channels_last]
-    try:
-        for tensor, _ in before:
-            tensor.data = tensor.data.to(memory_format=torch.channels_last)
-        yield
-    finally:
-        for tensor, strides in before:
-            if tensor.stride() != strides:
-                tensor.data = torch.empty_strided(tensor.shape, strides, **_like(tensor)).copy_(tensor.data)
-
-
-def _like(tensor: Tensor) -> dict[str, Any]:
-    return {"dtype": tensor.dtype, "device": tensor.device}
-
-
-@contextmanager
-def _frozen_for(sdn: ShallowDeepNetwork, phase: Phase) -> Iterator[None]:
-    """Freeze what a phase does not train; afterwards, and after an error, all is as frozen as before."""
-    frozen, needed = sdn.frozen, [(parameter, parameter.requires_grad) for parameter in sdn.parameters()]
-    if frozen != (phase.trains == "exits"):
-        sdn.freeze_backbone(not frozen)
-    if phase.trains == "backbone":
-        sdn.exits.requires_grad_(False)  # several processes wait for the gradient of every weight that wants one
-    try:
-        yield
-    finally:
-        sdn.frozen = frozen
-        for parameter, need in needed:
-            parameter.requires_grad_(need)
-        sdn.zero_grad(set_to_none=True)
-        sdn.eval()
-
-
-def _trained(sdn: ShallowDeepNetwork, phase: Phase) -> list[nn.Parameter]:
-    """What a phase moves; a final head of its own belongs to the backbone, whose last exit it is."""
-    exits = set(sdn.exits.parameters())
-    found = [
-        parameter
-        for parameter in sdn.parameters()
-        if parameter.requires_grad and phase.trains in ("all", "exits" if parameter in exits else "backbone")
-    ]
-    if not found:
-        raise ConfigError(f"a phase trains '{phase.trains}', and the network has no such weights to train.")
-    return found
 
 
 def _fabric(phase: Phase, place: _Place) -> Fabric:
