@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,16 @@ def make_fabric(
             f"there are {shard()[1]} processes already, and training would use {fabric.world_size}. Start them with "
             f"torchrun, or give devices={shard()[1]} (and num_nodes) in every call."
         )
+    if fabric.world_size > 1:
+        atexit.unregister(_leave)
+        atexit.register(_leave)
     return fabric
+
+
+def _leave() -> None:
+    """Let the process group go before the interpreter does: its threads otherwise end the process with an abort."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def join(device: str = "auto", *, devices: int | None = None, num_nodes: int = 1) -> None:

@@ -134,7 +134,7 @@ trace = sd.record(sdn, loader)
 one = sd.record(sdn, [(x[:1], y[:1])])
 print(rank, sorted(trace.ids.tolist()) == ids.tolist(), torch.equal(trace.labels, y), len(one),
       history[-1]["loss"] > 0, len(history[-1]["train_accuracy"]), len(history[-1]["val_accuracy"]),
-      float(sum(p.double().sum() for p in sdn.parameters())))
+      sum(p.detach().double().sum().item() for p in sdn.parameters()))
 """
 
 
