@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from shallowdeep.data.streams import Stream
     from shallowdeep.data.tensors import TensorSet
     from shallowdeep.errors import ShallowDeepError
+    from shallowdeep.inference.engine import Engine
+    from shallowdeep.inference.runner import Answers
     from shallowdeep.networks.attach import attach
     from shallowdeep.networks.costs import Costs
     from shallowdeep.networks.exits import InternalClassifier, TokenClassifier, VectorClassifier
@@ -54,6 +56,8 @@ _HOMES = {
     "data.streams": ["Stream"],
     "data.tensors": ["TensorSet"],
     "errors": ["ShallowDeepError"],
+    "inference.engine": ["Engine"],
+    "inference.runner": ["Answers"],
     "networks.attach": ["attach"],
     "networks.costs": ["Costs"],
     "networks.exits": ["InternalClassifier", "TokenClassifier", "VectorClassifier"],
@@ -76,12 +80,14 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Answers",
     "Augmentation",
     "Confidence",
     "Costs",
     "Decisions",
     "Distil",
     "EncodedImages",
+    "Engine",
     "ExitPolicy",
     "Exits",
     "FileStore",

@@ -178,6 +178,24 @@ def evaluating(net: nn.Module) -> Iterator[None]:
                 module.training = mode
 
 
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Float32 is float32 inside, neither TF32 nor bf16, whatever the caller allows."""
+    matmul, cudnn, cpu = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn
+    if hasattr(matmul, "fp32_precision"):  # since PyTorch 2.9, which may refuse to be asked in the old way
+        places, switch, exact = [matmul, cudnn.conv, cudnn.rnn, cpu.matmul, cpu.conv], "fp32_precision", "ieee"
+    else:
+        places, switch, exact = [matmul, cudnn], "allow_tf32", False
+    before = [getattr(place, switch) for place in places]
+    try:
+        for place in places:
+            setattr(place, switch, exact)
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            setattr(place, switch, value)
+
+
 _turns: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _turns_guard = threading.Lock()
 

@@ -156,6 +156,7 @@ class _Visit:
     params: int = 0
     shape: tuple[int, ...] = ()
     objection: str = ""
+    overwritten: bool = False  # by a later layer that works in place
 
     def site(self, proof: _Proof) -> Site:
         return Site(self.name, self.shape, self.flops, not proof.why_not, proof.why_not, self.params, proof.row_inputs)
@@ -179,6 +180,8 @@ def _walk(net: nn.Module, inputs: Any, logits: LogitsOf | None) -> _Walk:
         entered[name] = counter.get_total_flops()
         walk.has_row_inputs |= _num_row_tensors(module_inputs) > 1
 
+    given: dict[str, tuple[Tensor, int]] = {}  # outputs, and how often each had been written to by then
+
     def leave(name: str, output: Any) -> None:
         visit = walk.visits.pop(name, None) or _Visit(name)
         visit.calls += 1
@@ -189,10 +192,14 @@ def _walk(net: nn.Module, inputs: Any, logits: LogitsOf | None) -> _Walk:
         visit.shape = tuple(tensor.shape[1:]) if tensor is not None else ()
         visit.objection = _objection(visit.calls, tensor)
         walk.visits[name] = visit
+        if tensor is not None:
+            given[name] = tensor, tensor._version
 
     with flop_counter() as counter, watched(net, enter, leave):
         walk.logits = example_logits(net, inputs, logits)
         walk.flops = counter.get_total_flops() // PROOF_ROWS
+    for name, (tensor, version) in given.items():
+        walk.visits[name].overwritten = tensor._version != version
     params = params_entered(net, list(entered))
     for visit in walk.visits.values():
         visit.params = params[visit.entered]
@@ -241,8 +248,12 @@ def _prove(net: nn.Module, inputs: Any, visit: _Visit, walk: _Walk, logits: Logi
             found = find_logits(call(net, inputs), logits)
     except Exception as error:  # whatever a later layer raises when it still wants all rows
         row_inputs = _row_inputs(net, inputs, visit.name, rows, walk, logits)
-        return _Proof(row_inputs=row_inputs) if row_inputs else _Proof(_wants_all(error))
-    return _Proof(_compare(found, walk.logits, rows))
+        proof = _Proof(row_inputs=row_inputs) if row_inputs else _Proof(_wants_all(error))
+    else:
+        proof = _Proof(_compare(found, walk.logits, rows))
+    if not proof.why_not and visit.overwritten:
+        return _Proof("a later layer changes its output in place: take that layer instead")
+    return proof
 
 
 def _row_inputs(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -59,6 +59,24 @@ def tapped(net: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
         yield features
 
 
+@contextmanager
+def replaced(net: nn.Module, name: str | None, features: Tensor | None) -> Iterator[None]:
+    """Give out other features at a submodule at every forward inside the context.
+
+    Args:
+        net: any network; left as it was.
+        name: of the submodule; ``None``: nothing is replaced.
+        features: what it gives out instead of its own output (of the first tensor of a tuple).
+    """
+
+    def replace(module: nn.Module, args: Any, output: Any) -> Any:
+        first = first_tensor(output)
+        return pytree.tree_map_only(Tensor, lambda t: features if t is first else t, output)
+
+    with taking_turns(net), _hooked([] if name is None else [(submodule(net, name), replace)]):
+        yield
+
+
 RowInput = tuple[str, int]
 """A submodule's name, and which of its flattened inputs holds a row for each sample."""
 
@@ -74,9 +92,6 @@ def take_rows(net: nn.Module, name: str, rows: Tensor, row_inputs: Iterable[RowI
         row_inputs: inputs of later submodules, such as an attention mask, whose rows are dropped too
             (``Site.row_inputs``).
     """
-    places: dict[str, set[int]] = {}
-    for module, place in row_inputs:
-        places.setdefault(module, set()).add(place)
 
     def keep(module: nn.Module, args: Any, output: Any) -> Any:
         num_rows = len(_batched(first_tensor(output)))
@@ -90,10 +105,61 @@ def take_rows(net: nn.Module, name: str, rows: Tensor, row_inputs: Iterable[RowI
 
     with taking_turns(net), ExitStack() as stack:
         stack.enter_context(_hooked([(submodule(net, name), keep)]))
-        for module, chosen in places.items():
+        for module, chosen in _by_module(row_inputs).items():
             hook = partial(keep_inputs, chosen)
             stack.callback(submodule(net, module).register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
+
+
+@contextmanager
+def letting_leave(
+    net: nn.Module, looks: Mapping[str, Callable[[Tensor], Tensor | None]], row_inputs: Iterable[RowInput] = ()
+) -> Iterator[None]:
+    """Let rows leave at several submodules during one forward inside the context.
+
+    Args:
+        net: any network; left as it was, also when a look raises to end the forward.
+        looks: submodule's name to what is shown its output (the first tensor of a tuple) and gives the indices
+            of the rows that go on, shape ``(kept,)``; ``None``: all of them.
+        row_inputs: as for ``take_rows``, of all these submodules together.
+    """
+    all_rows = 0
+    kept: Tensor | None = None  # of the rows that came in, those still there
+
+    def looking(look: Callable[[Tensor], Tensor | None]) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            nonlocal all_rows, kept
+            features = _batched(first_tensor(output))
+            all_rows = all_rows or len(features)
+            rows = look(features)
+            if rows is None:
+                return None
+            kept = rows if kept is None else kept[rows]
+            return pytree.tree_map_only(Tensor, lambda t: t[rows] if t.ndim and len(t) == len(features) else t, output)
+
+        return hook
+
+    def drop(chosen: set[int], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if kept is None:
+            return None
+        rows = kept
+        return _map_inputs(
+            args, kwargs, lambda place, t: t[rows] if place in chosen and t.ndim and len(t) == all_rows else t
+        )
+
+    with taking_turns(net), ExitStack() as stack:
+        stack.enter_context(_hooked((submodule(net, name), looking(look)) for name, look in looks.items()))
+        for module, chosen in _by_module(row_inputs).items():
+            hook = partial(drop, chosen)
+            stack.callback(submodule(net, module).register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+def _by_module(row_inputs: Iterable[RowInput]) -> dict[str, set[int]]:
+    places: dict[str, set[int]] = {}
+    for module, place in row_inputs:
+        places.setdefault(module, set()).add(place)
+    return places
 
 
 @contextmanager

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from typing import Any
 
@@ -14,7 +13,7 @@ from shallowdeep.data.pytrees import map_tensors
 from shallowdeep.data.samples import Samples
 from shallowdeep.data.streams import as_samples
 from shallowdeep.errors import ConfigError, DataError, NetworkError
-from shallowdeep.networks.calls import evaluating
+from shallowdeep.networks.calls import evaluating, exact_float32
 from shallowdeep.networks.costs import Costs
 from shallowdeep.networks.multi_exit import MultiExitNetwork
 from shallowdeep.networks.sdn import ShallowDeepNetwork
@@ -64,30 +63,60 @@ def record(
             f"the network has {sdn.num_outputs} outputs, the data {samples.num_classes} classes. "
             f"Build it with num_classes={samples.num_classes}."
         )
-    device, own = _device(sdn), shard()
+    device = _device(sdn)
+    info = describe(sdn, samples, split, strategy)
+    with evaluating(sdn), exact_float32(), torch.autocast(device.type, enabled=False), sdn.tapped():
+        return record_with(
+            lambda inputs: _forward(sdn, inputs, device),
+            samples,
+            sdn.costs,
+            info,
+            batch_size=batch_size,
+            progress=progress,
+        )
+
+
+def record_with(
+    forward: Callable[[Any], list[Tensor]],
+    samples: Samples,
+    costs: Costs,
+    info: TraceInfo,
+    *,
+    batch_size: int,
+    progress: bool = False,
+) -> Trace:
+    """``record`` for whatever gives logits.
+
+    Args:
+        forward: inputs to one logits tensor ``(n, outputs)`` per exit.
+        samples: to run through it once.
+        costs: of its exits.
+        info: kept in the Trace.
+        batch_size: samples in a forward; a stream keeps its own.
+        progress: draw a bar on the terminal.
+    """
+    own = shard()
     batches = track(
         # The same order in all processes, also of a loader that shuffles.
         samples.batches(batch_size, shard=own, seed=0 if own[1] > 1 else None),
         _num_batches(samples, batch_size),
-        f"record {split or samples.split}",
+        f"record {info.split}",
         shown=progress and is_first(),
     )
-    logits: list[list[Tensor]] = [[] for _ in range(sdn.num_exits)]
+    logits: list[list[Tensor]] = [[] for _ in range(costs.num_exits)]
     labels, ids = [], []
-    with evaluating(sdn), _exact_float32(), torch.autocast(device.type, enabled=False), sdn.tapped():
-        for batch in batches:
-            for store, found in zip(logits, _forward(sdn, batch.inputs, device), strict=True):
-                store.append(found.float().cpu())
-            labels.append(batch.labels)
-            ids.append(batch.ids.cpu())
+    for batch in batches:
+        for store, found in zip(logits, forward(batch.inputs), strict=True):
+            store.append(found.float().cpu())
+        labels.append(batch.labels)
+        ids.append(batch.ids.cpu())
     if len({found is None for found in labels}) > 1:
         raise DataError(f"some batches of {samples.name} have labels and some have none. Label all of them, or none.")
-    info = _info(sdn, samples, split, strategy)
     if own[1] == 1:
         known = None if labels[0] is None else torch.cat(labels).cpu()
-        return Trace(tuple(_joined(store) for store in logits), known, torch.cat(ids), sdn.costs, info)
+        return Trace(tuple(_joined(store) for store in logits), known, torch.cat(ids), costs, info)
     parts = gather((logits, [None if found is None else found.cpu() for found in labels], ids))
-    return _merged(parts, sdn.costs, info)
+    return _merged(parts, costs, info)
 
 
 def _merged(parts: list[Any], costs: Costs, info: TraceInfo) -> Trace:
@@ -143,25 +172,10 @@ def _shapes(inputs: Any) -> str:
     return " and ".join(shapes)
 
 
-@contextmanager
-def _exact_float32() -> Iterator[None]:
-    """Float32 is float32 inside, neither TF32 nor bf16, whatever the caller allows."""
-    matmul, cudnn, cpu = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn
-    if hasattr(matmul, "fp32_precision"):  # since PyTorch 2.9, which may refuse to be asked in the old way
-        places, switch, exact = [matmul, cudnn.conv, cudnn.rnn, cpu.matmul, cpu.conv], "fp32_precision", "ieee"
-    else:
-        places, switch, exact = [matmul, cudnn], "allow_tf32", False
-    before = [getattr(place, switch) for place in places]
-    try:
-        for place in places:
-            setattr(place, switch, exact)
-        yield
-    finally:
-        for place, value in zip(places, before, strict=True):
-            setattr(place, switch, value)
-
-
-def _info(sdn: ShallowDeepNetwork | MultiExitNetwork, samples: Samples, split: str | None, strategy: str) -> TraceInfo:
+def describe(
+    sdn: ShallowDeepNetwork | MultiExitNetwork, samples: Samples, split: str | None = None, strategy: str = ""
+) -> TraceInfo:
+    """What a Trace of a network on some samples says of itself."""
     spec = spec_of(sdn.backbone)
     return TraceInfo(
         model=type(sdn.backbone).__name__ if spec is None else spec.name,

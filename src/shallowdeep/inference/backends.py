@@ -1,0 +1,126 @@
+"""The run times an engine may use, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from shallowdeep.errors import ConfigError
+from shallowdeep.inference.runner import Answers, Latency, Leaving, Values
+from shallowdeep.networks.sdn import ShallowDeepNetwork
+from shallowdeep.policies.rules import ExitPolicy, exits_of
+
+PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+
+
+class Driver(Protocol):
+    """Runs batches for an engine: ``runner.Cascade`` on stages, ``eager.Eager`` on the network itself.
+
+    Attributes:
+        latency: what was measured, by which rows are dropped or carried.
+        micro_batch: rows run at a time; ``None``: all that come together.
+    """
+
+    latency: Latency | None
+    micro_batch: int | None
+
+    def answer(self, inputs: Values, *, plan: np.ndarray | None = None) -> Answers:
+        """Answer a batch."""
+        ...
+
+    def stream(
+        self, batches: Iterable[Values], *, refill: bool = False, plan: np.ndarray | None = None
+    ) -> Iterator[Leaving]:
+        """Hand samples out when they leave."""
+        ...
+
+    def anytime(self, inputs: Values) -> Iterator[Leaving]:
+        """What would be answered at each exit."""
+        ...
+
+    def logits(self, inputs: Values) -> list[Any]:
+        """Logits at each exit, nobody leaving."""
+        ...
+
+    def measure(self, inputs: Values, sizes: Iterable[int], *, repeats: int) -> Latency:
+        """How long each stage takes on batches made of the inputs' rows."""
+        ...
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a back end is asked to run.
+
+    Attributes:
+        sdn: the network; not to be changed.
+        policy: decides at each exit it looks at.
+        precision: a key of ``PRECISIONS``.
+        example_inputs: built as the network takes them.
+        micro_batch: rows run at a time; ``None``: what the back end is best at.
+        options: of the back end.
+    """
+
+    sdn: ShallowDeepNetwork
+    policy: ExitPolicy
+    precision: str
+    example_inputs: Any
+    micro_batch: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def exits(self) -> list[int]:
+        """The exits at which samples may leave."""
+        return exits_of(self.policy, self.sdn.num_exits)
+
+    @property
+    def costs(self) -> tuple[float, ...]:
+        """Of leaving at each of them, as a share of the plain backbone."""
+        return tuple(self.sdn.costs.relative(self.exits[:-1])[self.exits].tolist())
+
+    def take_options(self, *known: str) -> dict[str, Any]:
+        """The options, of which a back end knows some.
+
+        Raises:
+            ConfigError: there are others.
+        """
+        unknown = sorted(set(self.options) - set(known))
+        if unknown:
+            allowed = f"its options are {', '.join(known)}" if known else "it has no options"
+            raise ConfigError(f"this back end does not know {', '.join(unknown)}: {allowed}.")
+        return dict(self.options)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A run time.
+
+    Attributes:
+        home: the function that builds its driver from an ``Order``, as ``module:function``.
+        precisions: those it has.
+        on_tensors: it works on PyTorch's tensors, else on numpy's arrays.
+    """
+
+    home: str
+    precisions: tuple[str, ...]
+    on_tensors: bool = True
+
+    @property
+    def build(self) -> Callable[[Order], Driver]:
+        """What builds its driver."""
+        module, _, name = self.home.partition(":")
+        return getattr(import_module(f"shallowdeep.inference.{module}"), name)
+
+
+BACKENDS = {
+    "eager": Backend("eager:build_eager", ("fp32", "bf16")),
+    "stages": Backend("torch_stages:build_stages", ("fp32", "bf16")),
+    "compiled": Backend("compiled:build_compiled", ("fp32", "bf16")),
+    "onnx": Backend("onnx:build_onnx", ("fp32", "int8"), on_tensors=False),
+    "openvino": Backend("openvino:build_openvino", ("fp32", "bf16", "int8"), on_tensors=False),
+    "plain": Backend("torch_stages:build_plain", ("fp32", "bf16")),
+}

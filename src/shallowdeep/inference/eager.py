@@ -1,0 +1,252 @@
+"""The network as it is, run by its own code: hooks let finished rows leave, and end the forward with the last."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shallowdeep.errors import ConfigError
+from shallowdeep.inference.backends import Order
+from shallowdeep.inference.runner import Answers, Latency, Leaving, Values, collect, live_rows, pays, settle
+from shallowdeep.inference.stages import as_inputs
+from shallowdeep.inference.torch_stages import fetch, network_for, take
+from shallowdeep.networks.calls import evaluating, exact_float32
+from shallowdeep.networks.sdn import ShallowDeepNetwork
+from shallowdeep.networks.taps import letting_leave
+from shallowdeep.policies.rules import ExitPolicy, State, exits_of
+
+Found = TypeVar("Found")
+
+
+class _Finished(BaseException):
+    """Ends a network's forward: no row is left in it. No ``Exception``, which a network may catch."""
+
+
+class _Abandoned(BaseException):
+    """Ends all work: nobody waits for the answers any more."""
+
+
+@dataclass(frozen=True)
+class Eager:
+    """Runs any attached network on batches, and lets each sample leave where its policy says so.
+
+    Threads take turns on one network. A batch stays within the network's own call, so survivors of several
+    batches never meet: there is no ``refill``.
+
+    Args:
+        sdn: its mode is restored after each call.
+        policy: decides at each exit it looks at.
+        like: inputs built as the network takes them.
+        costs: of leaving at each of the policy's exits.
+        latency: as for ``Cascade``.
+        micro_batch: rows run at a time; ``None``: all that come together.
+    """
+
+    sdn: ShallowDeepNetwork
+    policy: ExitPolicy
+    like: Any
+    costs: Sequence[float]
+    latency: Latency | None = None
+    micro_batch: int | None = None
+
+    @property
+    def exits(self) -> list[int]:
+        """The exits at which rows may leave, the last among them."""
+        return exits_of(self.policy, self.sdn.num_exits)
+
+    def answer(self, inputs: Values, *, plan: np.ndarray | None = None) -> Answers:
+        """Answer a batch of any size; see ``Cascade.answer``."""
+        found: list[Leaving] = []
+        self._run([inputs], found.append, plan)
+        return collect(found, self.exits, self.costs)
+
+    def stream(
+        self, batches: Iterable[Values], *, refill: bool = False, plan: np.ndarray | None = None
+    ) -> Iterator[Leaving]:
+        """Hand samples out when they leave, while the network goes on with the others in a thread of its own.
+
+        Raises:
+            ConfigError: samples are to wait for each other.
+        """
+        if refill:
+            raise ConfigError("backend='eager' runs a batch in one call of the network; refill takes stages.")
+        return _handed_out(lambda hand_out: self._run(batches, hand_out, plan))
+
+    def anytime(self, inputs: Values) -> Iterator[Leaving]:
+        """What would be answered at each exit, for everyone still in the network there, exit by exit."""
+        whole = Eager(self.sdn, self.policy, self.like, self.costs, self.latency)
+        return _handed_out(lambda hand_out: whole._run([inputs], hand_out, None, all_live=True))
+
+    def logits(self, inputs: Values) -> list[Tensor]:
+        """Logits ``(n, outputs)`` at each exit, nobody leaving."""
+        with torch.inference_mode(), evaluating(self.sdn), exact_float32():
+            found = self.sdn(as_inputs(self._cast(inputs), self.like))
+        return [found[exit].float().cpu() for exit in self.exits]
+
+    def measure(self, inputs: Values, sizes: Iterable[int], *, repeats: int) -> Latency:
+        """Time the network from exit to exit; see ``Cascade.measure``."""
+        sizes = sorted(sizes)
+        rows = len(next(iter(inputs.values())))
+        takes, runs = np.zeros((2, repeats + 1, len(self.exits), len(sizes)))
+        with torch.inference_mode(), evaluating(self.sdn), exact_float32():
+            for repeat in range(repeats + 1):
+                for place, size in enumerate(sizes):
+                    watch = _Watch(self, size)
+                    watch.run(as_inputs(self._cast(take(inputs, np.arange(size) % rows)), self.like))
+                    runs[repeat, :, place], takes[repeat, :, place] = watch.run_ms, watch.take_ms
+        run_ms, take_ms = np.median(runs[1:], axis=0).tolist(), np.median(takes[1:], axis=0).tolist()
+        return Latency(tuple(sizes), tuple(map(tuple, run_ms)), tuple(map(tuple, take_ms)))
+
+    def _cast(self, inputs: Values) -> Values:
+        """Inputs in the network's own precision."""
+        dtype = next(self.sdn.parameters()).dtype
+        return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+
+    def _run(
+        self,
+        batches: Iterable[Values],
+        hand_out: Callable[[Leaving], None],
+        plan: np.ndarray | None,
+        *,
+        all_live: bool = False,
+    ) -> None:
+        start = 0
+        with torch.inference_mode(), evaluating(self.sdn), exact_float32():
+            for values in batches:
+                rows = len(next(iter(values.values())))
+                for first in range(start, start + rows, self.micro_batch or rows):
+                    ids = np.arange(first, min(first + (self.micro_batch or rows), start + rows))
+                    part = {name: value[ids[0] - start : ids[-1] + 1 - start] for name, value in values.items()}
+                    _Forward(self, ids, hand_out, plan, all_live).run(as_inputs(self._cast(part), self.like))
+                start += rows
+
+
+class _Forward:
+    """One forward of one batch."""
+
+    def __init__(
+        self,
+        eager: Eager,
+        ids: np.ndarray,
+        hand_out: Callable[[Leaving], None],
+        plan: np.ndarray | None,
+        all_live: bool,
+    ):
+        self.eager, self.ids, self.hand_out, self.plan, self.all_live = eager, ids, hand_out, plan, all_live
+        self.state: State | None = None
+
+    def run(self, inputs: Any) -> None:
+        eager, sdn = self.eager, self.eager.sdn
+        internal = list(enumerate(eager.exits[:-1]))
+        looks = {sdn.taps[exit]: partial(self.look, place, exit) for place, exit in internal}
+        row_inputs = {one for _, exit in internal for one in sdn.placements[exit].site.row_inputs}
+        try:
+            with letting_leave(sdn.backbone, looks, row_inputs):
+                logits = sdn.run_backbone(inputs)
+            self.settle(logits, eager.exits[-1])
+        except _Finished:
+            pass
+
+    def look(self, place: int, exit: int, features: Tensor) -> Tensor | None:
+        """An exit's answer to what it sees: the rows that go on, ``None`` for all."""
+        self.settle(self.eager.sdn.exits[exit](features), exit)
+        live = live_rows(self.ids)
+        if len(live) == 0:
+            raise _Finished
+        if len(live) == len(self.ids) or not pays(self.eager.latency, place + 1, len(live), len(self.ids)):
+            return None
+        rows = torch.from_numpy(live).to(features.device)
+        self.ids = self.ids[live]
+        self.state = tuple(part[rows] for part in self.state or ())
+        return rows
+
+    def settle(self, logits: Tensor, exit: int) -> None:
+        eager, logits = self.eager, logits.float()
+        if self.state is None:
+            state = eager.policy.start(len(self.ids), eager.sdn.num_outputs)
+            self.state = tuple(part.to(logits.device) for part in state)
+        verdict = eager.policy.step(self.state, logits, exit)
+        self.state = verdict.state
+        stop, scores = fetch(verdict.stop, verdict.scores)
+        before = self.ids
+        leaving, self.ids = settle(before, stop, scores, exit, last=exit == eager.exits[-1], plan=self.plan)
+        if self.all_live:
+            live = live_rows(before)
+            leaving = Leaving(exit, before[live], scores[live])
+        if len(leaving.ids):
+            self.hand_out(leaving)
+
+
+class _Watch(_Forward):
+    """A forward that nobody leaves and that is timed from exit to exit."""
+
+    def __init__(self, eager: Eager, size: int):
+        last = np.full(size, eager.exits[-1])
+        super().__init__(eager, np.arange(size), lambda leaving: None, last, False)
+        self.run_ms: list[float] = []
+        self.take_ms: list[float] = [0.0]
+        self.begin = time.perf_counter()
+
+    def look(self, place: int, exit: int, features: Tensor) -> Tensor | None:
+        super().look(place, exit, features)
+        picking = time.perf_counter()
+        features[torch.arange(len(features), device=features.device)]
+        self.begin = time.perf_counter()
+        self.take_ms.append(1e3 * (self.begin - picking))
+        return None
+
+    def settle(self, logits: Tensor, exit: int) -> None:
+        super().settle(logits, exit)
+        self.run_ms.append(1e3 * (time.perf_counter() - self.begin))
+
+
+def build_eager(order: Order) -> Eager:
+    """The network itself; in another precision a copy of it."""
+    order.take_options()
+    return Eager(network_for(order), order.policy, order.example_inputs, order.costs, None, order.micro_batch)
+
+
+def _handed_out(work: Callable[[Callable[[Found], None]], None]) -> Iterator[Found]:
+    """What some work hands out, while it goes on in a thread; it ends early where nobody waits any more."""
+    out: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    abandoned = threading.Event()
+    end = object()
+
+    def hand_out(found: Found) -> None:
+        if abandoned.is_set():
+            raise _Abandoned
+        out.put(found)
+
+    def run() -> None:
+        try:
+            work(hand_out)
+            out.put(end)
+        except _Abandoned:
+            out.put(end)
+        except BaseException as error:
+            out.put(_Failed(error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while (found := out.get()) is not end:
+            if isinstance(found, _Failed):
+                raise found.error
+            yield found
+    finally:
+        abandoned.set()
+        thread.join()
+
+
+@dataclass(frozen=True)
+class _Failed:
+    error: BaseException

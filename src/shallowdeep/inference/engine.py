@@ -1,0 +1,237 @@
+"""The engine: answers of a Shallow-Deep Network, each sample leaving where its policy lets it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shallowdeep.data.samples import Samples
+from shallowdeep.data.streams import as_samples
+from shallowdeep.errors import ConfigError, DataError, UnknownName
+from shallowdeep.inference.backends import BACKENDS, PRECISIONS, Driver, Order
+from shallowdeep.inference.runner import Answers, Latency, Values, collect
+from shallowdeep.inference.stages import as_values
+from shallowdeep.networks.sdn import ShallowDeepNetwork
+from shallowdeep.policies.rules import ExitPolicy, exits_of
+from shallowdeep.traces.record import describe, record_with
+from shallowdeep.traces.trace import Trace
+
+
+class Engine:
+    """Answers batches of any size; each sample leaves as soon as the policy lets it.
+
+    The same policy object decides as in ``replay``: the answers are those of a replay of the Trace that
+    ``engine.record`` gives (in ``"fp32"``, that ``record`` gives), but for ties within rounding.
+
+    Args:
+        sdn: neither its weights nor its mode change. Its device is the engine's.
+        policy: when to stop.
+        backend: ``"eager"`` runs any attached network by its own code, threads taking turns; ``"stages"``,
+            ``"compiled"``, ``"onnx"`` and ``"openvino"`` run an exported copy cut at the exits; ``"plain"`` runs
+            the backbone alone, without early exit, for comparison.
+        precision: of weights and arithmetic: ``"fp32"``, ``"bf16"`` or ``"int8"``. Anything but ``"fp32"`` answers
+            otherwise: record it with ``engine.record`` and calibrate on that.
+        micro_batch: rows run at a time; ``None``: what the back end is best at.
+        example_inputs: what the network takes, of any batch size; ``None``: learnt from the first call.
+        options: of the back end, such as ``threads``.
+
+    Raises:
+        UnknownName: there is no such back end or precision.
+        ConfigError: the back end has not got the precision, or the policy looks at exits that are not there.
+    """
+
+    def __init__(
+        self,
+        sdn: ShallowDeepNetwork,
+        policy: ExitPolicy,
+        *,
+        backend: str = "eager",
+        precision: str = "fp32",
+        micro_batch: int | None = None,
+        example_inputs: Any = None,
+        **options: Any,
+    ):
+        if backend not in BACKENDS:
+            raise UnknownName("back end", backend, BACKENDS)
+        if precision not in PRECISIONS:
+            raise UnknownName("precision", precision, PRECISIONS)
+        if precision not in BACKENDS[backend].precisions:
+            have = ", ".join(BACKENDS[backend].precisions)
+            raise ConfigError(f"backend={backend!r} runs in {have}, not in {precision!r}.")
+        if micro_batch is not None and micro_batch < 1:
+            raise ConfigError(f"a micro-batch has at least one row, got micro_batch={micro_batch}.")
+        self.backend = backend
+        self.exits = exits_of(policy, sdn.num_exits)
+        self._order = Order(sdn, policy, precision, None, micro_batch, options)
+        self._guard = threading.Lock()
+        self._driver: Driver | None = None
+        if example_inputs is not None:
+            self.prepare(example_inputs)
+
+    @property
+    def sdn(self) -> ShallowDeepNetwork:
+        """The network."""
+        return self._order.sdn
+
+    @property
+    def policy(self) -> ExitPolicy:
+        """When samples stop."""
+        return self._order.policy
+
+    @property
+    def precision(self) -> str:
+        """Of weights and arithmetic."""
+        return self._order.precision
+
+    @property
+    def latency(self) -> Latency | None:
+        """What ``measure`` or ``tune`` found."""
+        return None if self._driver is None else self._driver.latency
+
+    @property
+    def micro_batch(self) -> int | None:
+        """Rows run at a time; ``None``: all that come together."""
+        return self._order.micro_batch if self._driver is None else self._driver.micro_batch
+
+    def prepare(self, example_inputs: Any) -> Engine:
+        """Export, compile or load now what the first call would; returns the engine itself.
+
+        Args:
+            example_inputs: what the network takes, of any batch size.
+
+        Raises:
+            NetworkError: the back end cannot run this network.
+            MissingExtra: it is not installed.
+        """
+        with self._guard:
+            if self._driver is None:
+                order = replace(self._order, example_inputs=example_inputs)
+                self._driver, self._order = BACKENDS[self.backend].build(order), order
+        return self
+
+    def __call__(self, inputs: Any) -> Answers:
+        """Answer a batch.
+
+        Args:
+            inputs: what the backbone takes, ``(n, …)`` with n of at least 1: a tensor, a tuple or a mapping.
+
+        Returns:
+            One answer per sample, in the order of the inputs, as numpy arrays.
+
+        Raises:
+            DataError: the batch is empty, of another shape or type than the engine was prepared for, or holds
+                numbers that are not finite.
+        """
+        return self._run(inputs).answer(self._values(inputs))
+
+    def stream(self, batches: Iterable[Any], *, refill: bool = False) -> Iterator[Answers]:
+        """Hand each answer out when its sample leaves.
+
+        Args:
+            batches: of inputs; read one at a time.
+            refill: samples that stay may wait for those of later batches and go on together, where that is faster
+                by what was measured. More throughput, and a longer wait.
+
+        Yields:
+            Answers of samples that leave together; ``ids`` number the samples over all batches.
+
+        Raises:
+            ConfigError: the back end cannot refill.
+            DataError: as for a call.
+        """
+        batches = iter(batches)
+        first = next(batches, None)
+        if first is None:
+            return
+        driver = self._run(first)
+        values = (self._values(inputs) for inputs in _chained(first, batches))
+        for leaving in driver.stream(values, refill=refill):
+            yield collect([leaving], self.exits, self._order.costs)
+
+    def anytime(self, inputs: Any) -> Iterator[Answers]:
+        """The best answer so far for every sample, exit by exit, until nobody is left in the network.
+
+        Yields:
+            Answers of all samples, in their order: of those that left where they left, of the others as they would
+            be answered here.
+        """
+        driver = self._run(inputs)
+        so_far: Answers | None = None
+        for leaving in driver.anytime(self._values(inputs)):
+            here = collect([leaving], self.exits, self._order.costs)
+            so_far = here if so_far is None else so_far.updated(here)
+            yield so_far
+
+    def record(
+        self, data: Samples | Iterable[Any], *, batch_size: int = 256, split: str | None = None, progress: bool = False
+    ) -> Trace:
+        """Run a split through this very back end and precision, nobody leaving; see ``record``.
+
+        Returns:
+            A Trace to calibrate this engine's policy on and to replay; of the exits that the policy looks at.
+        """
+        samples = as_samples(data, split=split or "")
+        info = replace(describe(self.sdn, samples, split), precision=self.precision)
+
+        def forward(inputs: Any) -> list[Tensor]:
+            found = self._run(inputs).logits(self._values(inputs))
+            return [torch.as_tensor(logits) for logits in found]
+
+        costs = self.sdn.costs.select(self.exits)
+        return record_with(forward, samples, costs, info, batch_size=batch_size, progress=progress)
+
+    def measure(self, inputs: Any, sizes: Sequence[int] = (1, 2, 4, 8, 16, 32, 64), *, repeats: int = 10) -> Latency:
+        """Time every stage by batch size; from now on rows are dropped only where that pays.
+
+        Args:
+            inputs: at least one sample; rows repeat where there are fewer than a batch needs.
+            sizes: of batches.
+            repeats: the median counts.
+        """
+        driver = self._run(inputs)
+        latency = driver.measure(self._values(inputs), sorted(set(sizes)), repeats=repeats)
+        with self._guard:
+            self._driver = replace(driver, latency=latency)  # type: ignore[type-var]
+        return latency
+
+    def _run(self, inputs: Any) -> Driver:
+        driver = self._driver
+        return driver if driver is not None else self.prepare(inputs)._run(inputs)
+
+    def _values(self, inputs: Any) -> Values:
+        """A batch as the back end takes it, once it is known to be one."""
+        values, expected = as_values(inputs), as_values(self._order.example_inputs)
+        if values.keys() != expected.keys():
+            raise DataError(f"the engine takes {', '.join(expected)}; got {', '.join(values)}.")
+        for name, tensor in values.items():
+            _check(name, tensor, expected[name])
+        if len({len(tensor) for tensor in values.values()}) > 1:
+            raise DataError(f"inputs differ in rows: { ({name: len(t) for name, t in values.items()}) }.")
+        if not BACKENDS[self.backend].on_tensors:
+            return {name: tensor.detach().cpu().numpy() for name, tensor in values.items()}
+        device = next(self.sdn.parameters()).device
+        return {name: tensor.to(device) for name, tensor in values.items()}
+
+
+def _chained(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
+
+
+def _check(name: str, tensor: Tensor, expected: Tensor) -> None:
+    if tensor.shape[1:] != expected.shape[1:] or tensor.dtype != expected.dtype:
+        raise DataError(
+            f"{name} must be of shape (n, {', '.join(map(str, expected.shape[1:]))}) and {expected.dtype}, "
+            f"got {tuple(tensor.shape)} and {tensor.dtype}."
+        )
+    if len(tensor) == 0:
+        raise DataError(f"{name} holds no sample: a batch has at least one.")
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        rows = np.flatnonzero(~tensor.isfinite().flatten(1).all(1).cpu().numpy())
+        raise DataError(f"{name} holds numbers that are not finite, first in row {rows[0]} ({len(rows)} rows in all).")

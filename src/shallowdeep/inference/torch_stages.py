@@ -1,0 +1,137 @@
+"""Stages as PyTorch modules, run one after another."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shallowdeep.inference.backends import PRECISIONS, Order
+from shallowdeep.inference.runner import Cascade, Step, Values
+from shallowdeep.inference.stages import Body, Stage, as_inputs, cut, thresholds_of
+from shallowdeep.networks.calls import evaluating, exact_float32
+from shallowdeep.networks.sdn import ShallowDeepNetwork
+from shallowdeep.policies.rules import ExitPolicy
+
+
+class TorchStages:
+    """The stages of a network, each called as a PyTorch module (see ``runner.Stages``).
+
+    Args:
+        bodies: what ``cut`` gave, on the device they shall run on; converted in place where ``dtype`` is another.
+        policy: decides behind each.
+        num_outputs: columns of every exit's logits.
+        dtype: of weights and arithmetic; the policy's own is float32.
+    """
+
+    sizes: Sequence[int] | None = None
+
+    def __init__(
+        self, bodies: Sequence[Body], policy: ExitPolicy, num_outputs: int, *, dtype: torch.dtype = torch.float32
+    ):
+        self.exits = [body.exit for body in bodies]
+        self.modules = [
+            Stage(body, policy, num_outputs, is_first=i == 0, dtype=dtype).eval() for i, body in enumerate(bodies)
+        ]
+        self.device = next(bodies[0].graph.parameters()).device
+        self._thresholds = [torch.tensor(number, device=self.device) for number in thresholds_of(policy).values()]
+        self._wanted = [{name for later in self.modules[i + 1 :] for name in later.inputs} for i in range(len(bodies))]
+
+    def run(self, stage: int, values: Values) -> Step:
+        """Run one stage on at least one row."""
+        module = self.modules[stage]
+        with torch.inference_mode(), exact_float32():
+            *given, stop, scores, logits = self.call(
+                stage, [*(values[name] for name in module.inputs), *self._thresholds]
+            )
+        known = {**values, **dict(zip(module.outputs, given, strict=True))}
+        return Step({name: known[name] for name in known if name in self._wanted[stage]}, stop, scores, logits)
+
+    def call(self, stage: int, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        """How a stage's module is called."""
+        return self.modules[stage](*inputs)
+
+    def fetch(self, step: Step) -> tuple[np.ndarray, np.ndarray]:
+        """``stop`` and ``scores`` as numpy arrays; from a GPU in one copy."""
+        return fetch(step.stop, step.scores)
+
+    def take(self, values: Values, rows: np.ndarray) -> Values:
+        """Some rows of every value, by index."""
+        return take(values, rows)
+
+    def join(self, parts: Sequence[Values]) -> Values:
+        """The rows of several values, one after another."""
+        return join(parts)
+
+
+def fetch(stop: Tensor, scores: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """``stop`` and ``scores`` as numpy arrays; from a GPU in one copy."""
+    if stop.device.type == "cpu":
+        return stop.numpy(), scores.numpy()
+    packed = torch.cat([stop[:, None].to(scores.dtype), scores], dim=1).cpu().numpy()
+    return packed[:, 0] > 0, packed[:, 1:]
+
+
+class PlainStage:
+    """The backbone alone, as one stage at whose end everybody leaves (see ``runner.Stages``)."""
+
+    sizes: Sequence[int] | None = None
+
+    def __init__(self, sdn: ShallowDeepNetwork, like: Any):
+        self.exits = [sdn.num_exits - 1]
+        self._sdn, self._like = sdn, like
+
+    def run(self, stage: int, values: Values) -> Step:
+        """Run the whole backbone."""
+        with torch.inference_mode(), evaluating(self._sdn), exact_float32():
+            logits = self._sdn.run_backbone(as_inputs(values, self._like)).float()
+        return Step({}, torch.ones(len(logits), dtype=torch.bool, device=logits.device), logits.softmax(-1), logits)
+
+    def fetch(self, step: Step) -> tuple[np.ndarray, np.ndarray]:
+        """``stop`` and ``scores`` as numpy arrays."""
+        return fetch(step.stop, step.scores)
+
+    def take(self, values: Values, rows: np.ndarray) -> Values:
+        """Some rows of every value, by index."""
+        return take(values, rows)
+
+    def join(self, parts: Sequence[Values]) -> Values:
+        """The rows of several values, one after another."""
+        return join(parts)
+
+
+def take(values: Values, rows: np.ndarray) -> Values:
+    """Some rows of every tensor, by index."""
+    index = torch.from_numpy(rows).to(next(iter(values.values())).device)
+    return {name: value.index_select(0, index) for name, value in values.items()}
+
+
+def join(parts: Sequence[Values]) -> Values:
+    """The rows of several tensors by name, one after another."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def network_for(order: Order) -> ShallowDeepNetwork:
+    """The network in the precision that is asked for: itself, or a copy."""
+    if order.precision == "fp32":
+        return order.sdn
+    return copy.deepcopy(order.sdn).to(PRECISIONS[order.precision])
+
+
+def build_stages(order: Order) -> Cascade:
+    """Exported stages, run as they are: what every other run time of stages is compared to."""
+    order.take_options()
+    bodies = cut(order.sdn, order.example_inputs, exits=order.exits)
+    stages = TorchStages(bodies, order.policy, order.sdn.num_outputs, dtype=PRECISIONS[order.precision])
+    return Cascade(stages, order.costs, micro_batch=order.micro_batch)
+
+
+def build_plain(order: Order) -> Cascade:
+    """The backbone alone."""
+    order.take_options()
+    sdn = network_for(order)
+    return Cascade(PlainStage(sdn, order.example_inputs), order.costs[-1:], micro_batch=order.micro_batch)
