@@ -8,6 +8,7 @@ from shallowdeep.data.images import ImageSet
 from shallowdeep.data.labels import LabelTree
 from shallowdeep.errors import DataError, NetworkError
 from shallowdeep.networks.attach import attach
+from shallowdeep.networks.calls import exact_float32
 from shallowdeep.networks.zoo import load_network
 from shallowdeep.traces.record import record
 
@@ -221,9 +222,28 @@ def test_float32_is_exact_inside_and_as_before_outside(crash, sdn):
                 record(sdn, make_images())
         else:
             record(sdn, make_images())
-    assert inside == [["ieee"] * 3]
+    assert len(inside) == 1
+    assert not {"tf32", "bf16"} & set(inside[0])
     assert precisions() == before
     assert before[0] == "tf32"
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="PyTorch before 2.9")
+@pytest.mark.usefixtures("coarse")
+def test_the_last_of_several_threads_puts_the_precision_back():
+    before = precisions()
+    first, second = exact_float32(), exact_float32()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert precisions()[0] == "ieee"
+    second.__exit__(None, None, None)
+    assert precisions() == before
+
+
+def test_the_compiler_may_ask_for_the_precision_inside():
+    with exact_float32():
+        assert torch.backends.cudnn.allow_tf32 is False
 
 
 def test_autocast_outside_does_not_reach_in(sdn):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,16 +18,25 @@ from shallowdeep.policies.rules import ExitPolicy, exits_of
 PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
+@runtime_checkable
 class Driver(Protocol):
     """Runs batches for an engine: ``runner.Cascade`` on stages, ``eager.Eager`` on the network itself.
 
     Attributes:
+        costs: of leaving at each of its exits, as a share of the plain backbone.
         latency: what was measured, by which rows are dropped or carried.
         micro_batch: rows run at a time; ``None``: all that come together.
     """
 
-    latency: Latency | None
-    micro_batch: int | None
+    if TYPE_CHECKING:  # dataclasses' fields: an attribute that a protocol declares at run time must be on the class
+        costs: Sequence[float]
+        latency: Latency | None
+        micro_batch: int | None
+
+    @property
+    def exits(self) -> Sequence[int]:
+        """The exits at which samples may leave, the last among them."""
+        ...
 
     def answer(self, inputs: Values, *, plan: np.ndarray | None = None) -> Answers:
         """Answer a batch."""

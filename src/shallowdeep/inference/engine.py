@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,12 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shallowdeep.data.pytrees import map_tensors
 from shallowdeep.data.samples import Samples
 from shallowdeep.data.streams import as_samples
 from shallowdeep.errors import ConfigError, DataError, UnknownName
 from shallowdeep.inference.backends import BACKENDS, PRECISIONS, Driver, Order
 from shallowdeep.inference.runner import Answers, Latency, Values, collect
 from shallowdeep.inference.stages import as_values
+from shallowdeep.inference.tuning import CANDIDATES, Tuning, make_task, tune
+from shallowdeep.networks.calls import call_on_example, evaluating
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.policies.rules import ExitPolicy, exits_of
 from shallowdeep.traces.record import describe, record_with
@@ -112,6 +115,7 @@ class Engine:
         with self._guard:
             if self._driver is None:
                 order = replace(self._order, example_inputs=example_inputs)
+                _check_example(self.sdn, example_inputs)
                 self._driver, self._order = BACKENDS[self.backend].build(order), order
         return self
 
@@ -152,7 +156,7 @@ class Engine:
         driver = self._run(first)
         values = (self._values(inputs) for inputs in _chained(first, batches))
         for leaving in driver.stream(values, refill=refill):
-            yield collect([leaving], self.exits, self._order.costs)
+            yield collect([leaving], driver.exits, driver.costs)
 
     def anytime(self, inputs: Any) -> Iterator[Answers]:
         """The best answer so far for every sample, exit by exit, until nobody is left in the network.
@@ -164,7 +168,7 @@ class Engine:
         driver = self._run(inputs)
         so_far: Answers | None = None
         for leaving in driver.anytime(self._values(inputs)):
-            here = collect([leaving], self.exits, self._order.costs)
+            here = collect([leaving], driver.exits, driver.costs)
             so_far = here if so_far is None else so_far.updated(here)
             yield so_far
 
@@ -178,12 +182,12 @@ class Engine:
         """
         samples = as_samples(data, split=split or "")
         info = replace(describe(self.sdn, samples, split), precision=self.precision)
+        driver = self._run(samples.example_inputs)
 
         def forward(inputs: Any) -> list[Tensor]:
-            found = self._run(inputs).logits(self._values(inputs))
-            return [torch.as_tensor(logits) for logits in found]
+            return [torch.as_tensor(logits) for logits in driver.logits(self._values(inputs))]
 
-        costs = self.sdn.costs.select(self.exits)
+        costs = self.sdn.costs.select(driver.exits)
         return record_with(forward, samples, costs, info, batch_size=batch_size, progress=progress)
 
     def measure(self, inputs: Any, sizes: Sequence[int] = (1, 2, 4, 8, 16, 32, 64), *, repeats: int = 10) -> Latency:
@@ -199,6 +203,58 @@ class Engine:
         with self._guard:
             self._driver = replace(driver, latency=latency)  # type: ignore[type-var]
         return latency
+
+    def tune(
+        self,
+        batch_size: int = 32,
+        *,
+        inputs: Any = None,
+        exit_shares: Sequence[float] | None = None,
+        backends: Iterable[str] | Mapping[str, Mapping[str, Any]] | None = None,
+        repeats: int = 10,
+        anew: bool = False,
+        progress: bool = False,
+    ) -> Tuning:
+        """Time the back ends here, on batches of this size, and go on with the fastest of the same precision.
+
+        What was chosen is kept in the user's cache folder and found there again. Not while other threads use the
+        engine.
+
+        Args:
+            batch_size: rows of a batch.
+            inputs: like those that will come, at least one, repeated or cut to a batch: where they leave decides.
+                ``None``: random ones, of which as many leave at each exit.
+            exit_shares: the share that leaves at each of ``exits``, in place of the policy's decisions.
+            backends: those to try, by name; a mapping gives options to each. ``None``: all, the engine's own with
+                the options it was made with.
+            repeats: the median counts.
+            anew: do not look for an earlier choice.
+            progress: show how far it is, on a terminal.
+
+        Raises:
+            ConfigError: an argument is not usable, or nothing says what inputs look like, or no back end runs here.
+            DataError: the inputs are none for this engine.
+        """
+        if inputs is not None:
+            self.prepare(inputs)._values(inputs)
+        elif self._order.example_inputs is None:
+            raise ConfigError("nothing says what inputs look like: pass inputs=, or example_inputs= to the engine.")
+        if backends is None:
+            backends = {name: self._order.options if name == self.backend else {} for name in CANDIDATES}
+        task = make_task(
+            self._order,
+            batch_size,
+            inputs=inputs,
+            exit_shares=exit_shares,
+            backends=backends,
+            repeats=repeats,
+            progress=progress,
+        )
+        tuning, driver = tune(task, anew=anew)
+        with self._guard:
+            self.backend, self._driver = tuning.chosen.backend, driver
+            self._order = replace(self._order, options=task.backends[self.backend])
+        return tuning
 
     def _run(self, inputs: Any) -> Driver:
         driver = self._driver
@@ -217,6 +273,16 @@ class Engine:
             return {name: tensor.detach().cpu().numpy() for name, tensor in values.items()}
         device = next(self.sdn.parameters()).device
         return {name: tensor.to(device) for name, tensor in values.items()}
+
+
+def _check_example(sdn: ShallowDeepNetwork, example_inputs: Any) -> None:
+    """Refuse what the network does not take, before it is exported or compiled for it."""
+    for name, tensor in as_values(example_inputs).items():
+        if tensor.ndim == 0 or len(tensor) == 0:
+            raise DataError(f"{name} holds no sample: a batch has at least one.")
+    device = next(sdn.parameters()).device
+    with evaluating(sdn):
+        call_on_example(sdn.backbone, map_tensors(lambda t: t[:1].to(device), example_inputs))
 
 
 def _chained(first: Any, rest: Iterator[Any]) -> Iterator[Any]:

@@ -10,10 +10,19 @@ The first half, down to ``Cascade``, knows no run time at all and drives the sta
 
 from __future__ import annotations
 
+import argparse
+import copy
+import hashlib
+import json
+import math
+import os
+import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -77,6 +86,7 @@ class Step(NamedTuple):
     logits: Any
 
 
+@runtime_checkable
 class Stages(Protocol):
     """A network in pieces, each ending at an exit, in some run time."""
 
@@ -173,6 +183,11 @@ class Cascade:
     costs: Sequence[float]
     latency: Latency | None = None
     micro_batch: int | None = None
+
+    @property
+    def exits(self) -> Sequence[int]:
+        """Index of the exit that each stage ends at."""
+        return self.stages.exits
 
     def answer(self, inputs: Values, *, plan: np.ndarray | None = None) -> Answers:
         """Answer a batch of any size.
@@ -327,7 +342,7 @@ class Cascade:
     def _size(self, rows: int) -> int:
         if not self.stages.sizes:
             return rows
-        return next(size for size in self.stages.sizes if size >= rows)
+        return next((size for size in self.stages.sizes if size >= rows), self.stages.sizes[-1])
 
     def _advance(self, stage: int, group: _Group, plan: np.ndarray | None) -> tuple[Leaving, _Group | None]:
         """Run a stage: who leaves, and who goes on."""
@@ -388,3 +403,640 @@ def collect(leaving: Iterable[Leaving], exits: Sequence[int], costs: Sequence[fl
     scores = np.concatenate([one.scores for one in found])[order]
     paid = np.asarray(costs, dtype=np.float64)[np.searchsorted(np.asarray(exits), left)]
     return Answers(ids[order], scores.argmax(-1), scores, scores.max(-1), left, paid)
+
+
+# ---------------------------------------------------------------------------------------- ONNX Runtime
+
+FORMAT = 1  # of the exported folder; raised when an older runner could no longer understand it
+MANIFEST = "manifest.json"
+FORMS = ("stages", "single", "batched")
+OUT = "_out"  # what a stage gives to a later one is named as it is there, with this behind it
+DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
+"""Providers on which features stay on the device from stage to stage; with others they pass through numpy."""
+
+Provider = str | tuple[str, dict[str, Any]]
+
+
+class RunnerError(ValueError):
+    """An exported folder, or what it was given, is not usable."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How ONNX Runtime shall run.
+
+    Args:
+        threads: that share the work of one operator; 0: one for each core.
+        providers: by name, or name and options; the first has to be there.
+        spinning: threads without work wait actively. Faster alone on a machine, and a brake on everything else.
+        shared_pool: all sessions share ONNX Runtime's global threads. It is for the whole process: a session made
+            later must say so as well. The fastest for programs that do nothing else.
+    """
+
+    threads: int = 0
+    providers: tuple[Provider, ...] = ("CPUExecutionProvider",)
+    spinning: bool = False
+    shared_pool: bool = False
+
+    def open(self, model: str | Path | bytes, name: str) -> Any:
+        """A session.
+
+        Args:
+            model: its file, or its bytes.
+            name: of the model, for messages.
+
+        Raises:
+            RunnerError: ONNX Runtime, or a provider, is not there or does not take the model.
+        """
+        runtime = _onnxruntime()
+        asked = [one if isinstance(one, str) else one[0] for one in self.providers]
+        unknown = [one for one in asked if one not in runtime.get_available_providers()]
+        if unknown or not asked:
+            there = ", ".join(runtime.get_available_providers())
+            raise RunnerError(f"no provider {', '.join(unknown) or 'is named'}. This onnxruntime has: {there}.")
+        options = runtime.SessionOptions()
+        options.log_severity_level = 3
+        if self.shared_pool:
+            runtime.set_global_thread_pool_sizes(self.threads, 1)
+            options.use_per_session_threads = False
+        else:
+            options.intra_op_num_threads = self.threads
+            options.inter_op_num_threads = 1
+            options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self.spinning else "0")
+        try:
+            source = model if isinstance(model, bytes) else str(model)
+            session = runtime.InferenceSession(source, options, providers=list(self.providers))
+        except Exception as error:  # whatever a damaged or too new model makes of being read
+            why = " ".join(str(error).split())[:200]
+            raise RunnerError(f"onnxruntime {runtime.__version__} does not open {name}: {why}") from error
+        if asked[0] not in session.get_providers():
+            raise RunnerError(f"{asked[0]} does not start; onnxruntime would run {name} on {session.get_providers()}.")
+        return session
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise RunnerError(f"this needs onnxruntime ({error}). Install it with: pip install onnxruntime") from error
+    return onnxruntime
+
+
+class OnnxStages:
+    """The stages of a network in ONNX Runtime, a session each (see ``Stages``).
+
+    On a GPU features stay there from stage to stage. ONNX Runtime has no gather outside a graph, so dropping
+    rows takes them through the host: measure, and let the table decide.
+
+    Args:
+        models: shallow to deep, each a file or its bytes.
+        exits: index of the exit that each ends at.
+        thresholds: the policy's numbers by name.
+        settings: of every session.
+    """
+
+    sizes: Sequence[int] | None = None
+
+    def __init__(
+        self,
+        models: Sequence[str | Path | bytes],
+        exits: Sequence[int],
+        thresholds: Mapping[str, float] | None = None,
+        settings: Settings | None = None,
+    ):
+        settings = settings or Settings()
+        self.exits = list(exits)
+        self.sessions = [
+            settings.open(model, f"stage {place}" if isinstance(model, bytes) else Path(model).name)
+            for place, model in enumerate(models)
+        ]
+        first = settings.providers[0]
+        self.device = DEVICES.get(first if isinstance(first, str) else first[0])
+        self._inputs = [[value.name for value in session.get_inputs()] for session in self.sessions]
+        self._outputs = [[value.name for value in session.get_outputs()] for session in self.sessions]
+        self._wanted = [
+            {name for later in self._inputs[place + 1 :] for name in later} for place in range(len(self.sessions))
+        ]
+        self._thresholds = typed_thresholds(self.sessions[0], thresholds or {})
+
+    def with_thresholds(self, thresholds: Mapping[str, float]) -> OnnxStages:
+        """The same sessions with other numbers for the policy."""
+        other = copy.copy(self)
+        other._thresholds = {**self._thresholds, **typed_thresholds(self.sessions[0], thresholds)}
+        return other
+
+    def run(self, stage: int, values: Values) -> Step:
+        """Run one stage on at least one row."""
+        feeds = {name: self._thresholds.get(name, values.get(name)) for name in self._inputs[stage]}
+        names = self._outputs[stage]
+        call = self._call if self.device is None else self._call_on_device
+        found = dict(zip(names, call(self.sessions[stage], names, feeds), strict=True))
+        given = {name.removesuffix(OUT): value for name, value in found.items() if name.endswith(OUT)}
+        kept = {name: value for name, value in values.items() if name in self._wanted[stage]}
+        return Step({**kept, **given}, found["stop"], found["scores"], found["logits"])
+
+    def fetch(self, step: Step) -> tuple[np.ndarray, np.ndarray]:
+        """``stop`` and ``scores``, which are on the host already."""
+        return step.stop, step.scores
+
+    def take(self, values: Values, rows: np.ndarray) -> Values:
+        """Some rows of every value, by index."""
+        return {name: self._back(self._host(value)[rows], value) for name, value in values.items()}
+
+    def join(self, parts: Sequence[Values]) -> Values:
+        """The rows of several values, one after another."""
+        return {
+            name: self._back(np.concatenate([self._host(part[name]) for part in parts]), value)
+            for name, value in parts[0].items()
+        }
+
+    def _call(self, session: Any, names: list[str], feeds: Values) -> list[np.ndarray]:
+        return session.run(names, feeds)
+
+    def _call_on_device(self, session: Any, names: list[str], feeds: Values) -> list[Any]:
+        binding = session.io_binding()
+        for name, value in feeds.items():
+            binding.bind_ortvalue_input(name, self._onto_device(value))
+        for name in names:
+            binding.bind_output(name, self.device if name.endswith(OUT) else "cpu")
+        session.run_with_iobinding(binding)
+        outputs = binding.get_outputs()
+        return [v if n.endswith(OUT) else v.numpy() for n, v in zip(names, outputs, strict=True)]
+
+    def _onto_device(self, value: Any) -> Any:
+        if not isinstance(value, np.ndarray):
+            return value
+        return _onnxruntime().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), self.device, 0)
+
+    def _host(self, value: Any) -> np.ndarray:
+        return value if isinstance(value, np.ndarray) else value.numpy()
+
+    def _back(self, rows: np.ndarray, like: Any) -> Any:
+        return rows if isinstance(like, np.ndarray) else self._onto_device(rows)
+
+
+def typed_thresholds(session: Any, thresholds: Mapping[str, float]) -> Values:
+    """A policy's numbers as a session's inputs want them.
+
+    Raises:
+        RunnerError: the session has no input of a name, or a number is none that its type holds.
+    """
+    kinds = {value.name: value.type for value in session.get_inputs() if not value.shape}
+    found: Values = {}
+    for name, number in thresholds.items():
+        if name not in kinds:
+            known = f"It has: {', '.join(kinds)}." if kinds else "It has none."
+            raise RunnerError(f"the policy has no number named '{name}'. {known}")
+        whole = kinds[name] == "tensor(int64)"
+        if isinstance(number, bool) or not math.isfinite(number) or (whole and number != int(number)):
+            raise RunnerError(f"{name} is {'a whole number' if whole else 'a finite number'}, got {number}.")
+        found[name] = np.array(number, dtype=np.int64 if whole else np.float32)
+    return found
+
+
+@dataclass(frozen=True)
+class OneFile:
+    """A self-exiting file: all stages and the policy in one graph.
+
+    Args:
+        session: that runs it.
+        exits: index of each exit where samples may leave.
+        costs: of leaving there.
+        thresholds: the policy's numbers, as the session takes them.
+        rows: run at a time; the single file takes one.
+    """
+
+    session: Any
+    exits: Sequence[int]
+    costs: Sequence[float]
+    thresholds: Values
+    rows: int
+
+    def answer(self, inputs: Values) -> Answers:
+        """Answer a batch of any size."""
+        return collect(self.stream([inputs]), self.exits, self.costs)
+
+    def stream(self, batches: Iterable[Values]) -> Iterator[Leaving]:
+        """Hand samples out as they are answered, a run of the file at a time."""
+        start = 0
+        for values in batches:
+            count = len(next(iter(values.values())))
+            for first in range(0, count, self.rows):
+                part = {name: value[first : first + self.rows] for name, value in values.items()}
+                scores, left = self.session.run(["scores", "exit"], {**part, **self.thresholds})
+                ids = start + first + np.arange(len(left))
+                for exit in np.unique(left):
+                    yield Leaving(int(exit), ids[left == exit], scores[left == exit])
+            start += count
+
+
+class Runner:
+    """Answers batches from an exported folder, each sample leaving as soon as the policy in it says so.
+
+    Args:
+        folder: what ``export`` wrote.
+        form: ``"stages"``, at any batch size; ``"single"``, the self-exiting file for one sample at a time;
+            ``"batched"``, the self-exiting file for batches.
+        thresholds: other numbers for the policy, by name, e.g. ``{"threshold": 0.9}``.
+        micro_batch: rows run at a time; ``None``: all that come together.
+        settings: of ONNX Runtime.
+
+    Raises:
+        RunnerError: a file of the folder is missing, damaged or does not fit the others, or ONNX Runtime does
+            not take it.
+
+    Usage::
+
+        answers = Runner("out")(images)
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        form: str = "stages",
+        *,
+        thresholds: Mapping[str, float] | None = None,
+        micro_batch: int | None = 32,
+        settings: Settings | None = None,
+    ):
+        if form not in FORMS:
+            raise RunnerError(f"no form '{form}'. Use one of: {', '.join(FORMS)}.")
+        if micro_batch is not None and micro_batch < 1:
+            raise RunnerError(f"a micro-batch has at least one row, got micro_batch={micro_batch}.")
+        self.folder, self.form = Path(folder), form
+        self.settings = settings or Settings()
+        self.manifest = read_manifest(self.folder)
+        self.exits: list[int] = self.manifest["exits"]
+        self.costs: list[float] = self.manifest["costs"]
+        numbers = {**self.manifest["thresholds"], **(thresholds or {})}
+        self._driver = self._stages(numbers, micro_batch) if form == "stages" else self._one_file(numbers, micro_batch)
+
+    def __call__(self, images: Any) -> Answers:
+        """Answer a batch.
+
+        Args:
+            images: ``(n, …)`` with n of at least 1, as the manifest's ``inputs`` say; of several inputs a mapping.
+
+        Raises:
+            RunnerError: the batch is empty, of another shape or type, or holds numbers that are not finite.
+        """
+        return self._driver.answer(self.check(images))
+
+    def stream(self, batches: Iterable[Any], *, refill: bool = False) -> Iterator[Answers]:
+        """Hand each answer out when its sample leaves; ``ids`` number the samples over all batches.
+
+        Args:
+            batches: of images; read one at a time.
+            refill: samples that stay may wait for those of later batches and go on together.
+        """
+        values = (self.check(images) for images in batches)
+        if isinstance(self._driver, OneFile):
+            if refill:
+                raise RunnerError("refill takes form='stages': one file answers a batch in one call.")
+            found = self._driver.stream(values)
+        else:
+            found = self._driver.stream(values, refill=refill)
+        for leaving in found:
+            yield collect([leaving], self.exits, self.costs)
+
+    def anytime(self, images: Any) -> Iterator[Answers]:
+        """The best answer so far for every sample, exit by exit, until nobody is left in the network."""
+        so_far: Answers | None = None
+        for leaving in self.cascade.anytime(self.check(images)):
+            here = collect([leaving], self.exits, self.costs)
+            so_far = here if so_far is None else so_far.updated(here)
+            yield so_far
+
+    @property
+    def cascade(self) -> Cascade:
+        """What drives the stages.
+
+        Raises:
+            RunnerError: this runs one file.
+        """
+        if isinstance(self._driver, OneFile):
+            raise RunnerError(f"this takes form='stages'; form='{self.form}' gives nothing out between its exits.")
+        return self._driver
+
+    def with_thresholds(self, thresholds: Mapping[str, float]) -> Runner:
+        """The same sessions with other numbers for the policy."""
+        other, driver = copy.copy(self), self._driver
+        if isinstance(driver, OneFile):
+            numbers = {**driver.thresholds, **typed_thresholds(driver.session, thresholds)}
+            other._driver = replace(driver, thresholds=numbers)
+        else:
+            other._driver = replace(driver, stages=driver.stages.with_thresholds(thresholds))  # type: ignore[attr-defined]
+        return other
+
+    def check(self, images: Any) -> Values:
+        """A batch by name, once it is known to be one."""
+        expected = {one["name"]: one for one in self.manifest["inputs"]}
+        if not isinstance(images, Mapping):
+            if len(expected) > 1:
+                raise RunnerError(f"the network takes {', '.join(expected)}: pass a mapping from name to array.")
+            images = {next(iter(expected)): images}
+        if images.keys() != expected.keys():
+            raise RunnerError(f"the network takes {', '.join(expected)}; got {', '.join(images)}.")
+        values = {name: np.asarray(value) for name, value in images.items()}
+        for name, value in values.items():
+            _check(name, value, expected[name])
+        if len({len(value) for value in values.values()}) > 1:
+            raise RunnerError(f"inputs differ in rows: { ({name: len(v) for name, v in values.items()}) }.")
+        return values
+
+    def _stages(self, thresholds: Mapping[str, float], micro_batch: int | None) -> Cascade:
+        parts = self.manifest["stages"]
+        models = [checked_file(self.folder, part) for part in parts]
+        stages = OnnxStages(models, self.exits, thresholds, self.settings)
+        for part, session in zip(parts, stages.sessions, strict=True):
+            for kind, found in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
+                names = [value.name for value in found]
+                if names != part[kind]:
+                    raise RunnerError(
+                        f"{part['file']} has the {kind} {', '.join(names)}; {MANIFEST} says {', '.join(part[kind])}. "
+                        "They are not of one export: export anew."
+                    )
+        return Cascade(stages, self.costs, None, micro_batch)
+
+    def _one_file(self, thresholds: Mapping[str, float], micro_batch: int | None) -> OneFile:
+        part = self.manifest[self.form]
+        if part is None:
+            raise RunnerError(f"{self.folder} was exported without a {self.form} file. Use form='stages'.")
+        session = self.settings.open(checked_file(self.folder, part), part["file"])
+        numbers = typed_thresholds(session, thresholds)
+        rows = 1 if self.form == "single" else micro_batch or sys.maxsize
+        return OneFile(session, self.exits, self.costs, numbers, rows)
+
+
+def _check(name: str, value: np.ndarray, expected: Mapping[str, Any]) -> None:
+    shape = tuple(expected["shape"])
+    if value.shape[1:] != shape or value.ndim == 0 or value.dtype != expected["dtype"]:
+        raise RunnerError(
+            f"{name} must be of shape (n, {', '.join(map(str, shape))}) and {expected['dtype']}, "
+            f"got {value.shape} and {value.dtype}."
+        )
+    if len(value) == 0:
+        raise RunnerError(f"{name} holds no sample: a batch has at least one.")
+    if value.dtype.kind == "f" and not np.isfinite(value).all():
+        rows = np.flatnonzero(~np.isfinite(value.reshape(len(value), -1)).all(1))
+        raise RunnerError(f"{name} holds numbers that are not finite, first in row {rows[0]} ({len(rows)} in all).")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What an exported folder says of itself.
+
+    Raises:
+        RunnerError: there is none, or it is of another kind or a later format, or contradicts itself.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunnerError(f"no file {path}. Name a folder that shallowdeep exported.") from None
+    except (OSError, ValueError) as error:
+        raise RunnerError(f"cannot read {path} as JSON ({error}). Export anew.") from None
+    if not isinstance(manifest, dict) or manifest.get("kind") != "shallowdeep export":
+        raise RunnerError(f"{path} is no manifest of a shallowdeep export.")
+    version = manifest.get("format")
+    if not isinstance(version, int) or not 1 <= version <= FORMAT:
+        raise RunnerError(
+            f"{path} has format {version}; this runner reads up to {FORMAT}. Use the folder's own run.py."
+        )
+    missing = [key for key in ("exits", "costs", "thresholds", "inputs", "stages", *FORMS) if key not in manifest]
+    if missing:
+        raise RunnerError(f"{path} does not say {', '.join(missing)}. Export anew.")
+    ends = [stage.get("exit") for stage in manifest["stages"]]
+    if ends != manifest["exits"] or len(manifest["costs"]) != len(ends) or not ends:
+        raise RunnerError(
+            f"{path} contradicts itself: exits {manifest['exits']}, stages that end at {ends}, "
+            f"{len(manifest['costs'])} costs. Export anew."
+        )
+    return manifest
+
+
+def checked_file(folder: Path, part: Mapping[str, Any]) -> Path:
+    """A file of the folder, once its contents are known to be those the manifest speaks of."""
+    path = folder / part["file"]
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise RunnerError(f"cannot read {path} ({error.strerror}). Export anew.") from None
+    if found != part["sha256"]:
+        raise RunnerError(
+            f"{path} is not the file that {MANIFEST} speaks of (sha256 {found[:12]}…, there "
+            f"{part['sha256'][:12]}…). Export anew."
+        )
+    return path
+
+
+# ---------------------------------------------------------------------------------------- timing
+
+
+@dataclass(frozen=True)
+class Timing:
+    """An input that leaves at the first exit against one that leaves at none.
+
+    Attributes:
+        form: what ran: ``"stages"``, ``"single"`` or ``"batched"``.
+        rows: of the batch.
+        early_ms: the median time of a batch that leaves at the first exit.
+        late_ms: of one that goes through to the last.
+        share: what leaving at the first exit costs of going through, in FLOPs.
+    """
+
+    form: str
+    rows: int
+    early_ms: float
+    late_ms: float
+    share: float
+
+    @property
+    def ratio(self) -> float:
+        """Early by late; near 1 nothing is saved."""
+        return self.early_ms / self.late_ms
+
+    @property
+    def leaves_early(self) -> bool:
+        """Whether at least a fifth of what leaving saves in FLOPs is saved on the clock."""
+        return self.ratio < 1 - 0.2 * (1 - self.share)
+
+    def __str__(self) -> str:
+        line = f"{self.form:8} {self.rows:5} {self.early_ms:10.3f} {self.late_ms:10.3f} {self.ratio:8.2f}"
+        if self.leaves_early:
+            return line
+        hint = "too little is saved" if self.form == "stages" else "this provider does not leave early: use the stages"
+        return f"{line}   {hint}"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """How long a folder's forms take on this machine.
+
+    Attributes:
+        provider: what ran them.
+        timings: one per form and batch size.
+        latency: of each stage.
+    """
+
+    provider: str
+    timings: tuple[Timing, ...]
+    latency: Latency
+
+    def __str__(self) -> str:
+        sizes = "".join(f"{size:>10}" for size in self.latency.sizes)
+        stages = [
+            f"stage {place:<6}" + "".join(f"{ms:10.3f}" for ms in row) for place, row in enumerate(self.latency.run_ms)
+        ]
+        return "\n".join(
+            [
+                f"{self.provider}, milliseconds, medians",
+                f"{'form':8} {'rows':>5} {'first exit':>10} {'last exit':>10} {'ratio':>8}",
+                *map(str, self.timings),
+                "",
+                f"{'rows':12}{sizes}",
+                *stages,
+            ]
+        )
+
+
+def bench(
+    folder: str | Path,
+    *,
+    sizes: Sequence[int] = (1, 32),
+    repeats: int = 20,
+    forms: Sequence[str] | None = None,
+    settings: Settings | None = None,
+) -> Bench:
+    """Time a folder's forms: what leaving at the first exit takes, and going through to the last.
+
+    Args:
+        folder: what ``export`` wrote.
+        sizes: of batches; the single file is timed on one row alone.
+        repeats: the median counts.
+        forms: to be timed; ``None``: all that the folder has.
+        settings: of ONNX Runtime.
+    """
+    settings = settings or Settings()
+    runner = Runner(folder, micro_batch=None, settings=settings)
+    there = [form for form in FORMS if runner.manifest[form] is not None]
+    timings = []
+    for form in there if forms is None else forms:
+        one = runner if form == "stages" else Runner(folder, form, micro_batch=None, settings=settings)
+        timings += [time_leaving(one, size, repeats) for size in ([1] if form == "single" else sizes)]
+    latency = runner.cascade.measure(made_up(runner.manifest, max(sizes)), sizes, repeats=repeats)
+    provider = settings.providers[0]
+    return Bench(provider if isinstance(provider, str) else provider[0], tuple(timings), latency)
+
+
+def time_leaving(runner: Runner, rows: int, repeats: int) -> Timing:
+    """Time a batch that leaves at the first exit against one that goes through, in turns.
+
+    Raises:
+        RunnerError: no thresholds of the policy let everyone leave at the first exit, or nobody.
+    """
+    extremes = runner.manifest["extremes"]
+    if extremes is None:
+        raise RunnerError("this policy has no thresholds by which everyone, or nobody, leaves at the first exit.")
+    values = made_up(runner.manifest, rows)
+    ways = [runner.with_thresholds(extremes[way]) for way in ("early", "late")]
+    taken = np.zeros((repeats + 1, 2))
+    for repeat in range(repeats + 1):  # the first one is not counted: it allocates
+        for place, way in enumerate(ways):
+            begin = time.perf_counter()
+            way(values)
+            taken[repeat, place] = 1e3 * (time.perf_counter() - begin)
+    early, late = np.median(taken[1:], axis=0).tolist()
+    return Timing(runner.form, rows, early, late, runner.costs[0] / runner.costs[-1])
+
+
+def made_up(manifest: Mapping[str, Any], rows: int) -> Values:
+    """Inputs to time with: random numbers in the range of the example that was exported with."""
+    random = np.random.default_rng(0)
+    values: Values = {}
+    for one in manifest["inputs"]:
+        shape, (low, high) = (rows, *one["shape"]), one["range"]
+        if np.dtype(one["dtype"]).kind == "f":
+            values[one["name"]] = random.uniform(low, high, shape).astype(one["dtype"])
+        else:
+            values[one["name"]] = random.integers(low, high, shape, endpoint=True).astype(one["dtype"])
+    return values
+
+
+# ---------------------------------------------------------------------------------------- command line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="run.py", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("images", nargs="?", type=Path, help="a .npy file, rows first; of several inputs an .npz file")
+    parser.add_argument("--out", type=Path, help="where the answers go, as .npz; else a summary is printed alone")
+    parser.add_argument("--bench", action="store_true", help="time this folder on this machine")
+    parser.add_argument("--folder", type=Path, default=Path(__file__).resolve().parent, help="default: this file's")
+    parser.add_argument("--form", choices=FORMS, default="stages", help="what to run (default: stages)")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=NUMBER", help="another threshold")
+    parser.add_argument("--micro-batch", type=int, default=32, help="rows run at a time (default: 32)")
+    parser.add_argument(
+        "--provider", action="append", default=[], help="of onnxruntime (default: CPUExecutionProvider)"
+    )
+    parser.add_argument("--threads", type=int, default=0, help="0: one for each core")
+    parser.add_argument("--spinning", action="store_true", help="threads wait actively")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32], help="sizes to time")
+    parser.add_argument("--repeats", type=int, default=20, help="of every timing")
+    given = parser.parse_args(arguments)
+    try:
+        alone = hasattr(_onnxruntime(), "set_global_thread_pool_sizes")  # in this process: one pool for all sessions
+        settings = Settings(given.threads, tuple(given.provider) or ("CPUExecutionProvider",), given.spinning, alone)
+        if given.bench:
+            print(bench(given.folder, sizes=given.batch, repeats=given.repeats, settings=settings))
+            return 0
+        if given.images is None:
+            raise RunnerError("name a file of images, or pass --bench.")
+        runner = Runner(
+            given.folder,
+            given.form,
+            thresholds=dict(map(_threshold, given.set)),
+            micro_batch=given.micro_batch,
+            settings=settings,
+        )
+        answers = runner(_load(given.images))
+        if given.out is not None:
+            _save(given.out, answers)
+        print(answers)
+        return 0
+    except (RunnerError, OSError) as error:
+        print(f"run.py: {error}", file=sys.stderr)
+        return 2
+
+
+def _threshold(text: str) -> tuple[str, float]:
+    name, _, number = text.partition("=")
+    try:
+        return name, float(number)
+    except ValueError:
+        raise RunnerError(f"a threshold is set as NAME=NUMBER, got '{text}'.") from None
+
+
+def _load(path: Path) -> Any:
+    try:
+        found = np.load(path, allow_pickle=False)
+        return found if isinstance(found, np.ndarray) else dict(found)
+    except FileNotFoundError:
+        raise RunnerError(f"no file {path}.") from None
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise RunnerError(f"{path} is no .npy or .npz file of numbers ({error}).") from None
+
+
+def _save(path: Path, answers: Answers) -> None:
+    """Write the answers as a whole, or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            np.savez(file, **vars(answers))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,6 +8,7 @@ inputs (an attention mask) is carried along beside the features, and a stage tha
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
@@ -76,7 +77,8 @@ class Stage(nn.Module):
     ):
         super().__init__()
         state = [f"state_{place}" for place in range(len(policy.start(1, num_outputs)))]
-        self.body = body.graph.to(dtype)
+        # A copy where it is converted: its weights may be the network's own.
+        self.body = body.graph if dtype == torch.float32 else copy.deepcopy(body.graph).to(dtype)
         self.exit, self.is_first, self.is_last = body.exit, is_first, body.is_last
         self.inputs = (*body.inputs, *([] if is_first else state))
         self.outputs = () if self.is_last else (FEATURES, *state)

@@ -22,7 +22,7 @@ class TorchStages:
     """The stages of a network, each called as a PyTorch module (see ``runner.Stages``).
 
     Args:
-        bodies: what ``cut`` gave, on the device they shall run on; converted in place where ``dtype`` is another.
+        bodies: what ``cut`` gave, on the device they shall run on.
         policy: decides behind each.
         num_outputs: columns of every exit's logits.
         dtype: of weights and arithmetic; the policy's own is float32.
@@ -134,4 +134,5 @@ def build_plain(order: Order) -> Cascade:
     """The backbone alone."""
     order.take_options()
     sdn = network_for(order)
-    return Cascade(PlainStage(sdn, order.example_inputs), order.costs[-1:], micro_batch=order.micro_batch)
+    cost = sdn.costs.relative([])[-1].item()
+    return Cascade(PlainStage(sdn, order.example_inputs), [cost], micro_batch=order.micro_batch)

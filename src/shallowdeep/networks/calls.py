@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -178,22 +179,49 @@ def evaluating(net: nn.Module) -> Iterator[None]:
                 module.training = mode
 
 
+_exact_guard = threading.Lock()
+_exact_inside = 0
+_exact_before: list[Callable[[], None]] = []
+
+
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Float32 is float32 inside, neither TF32 nor bf16, whatever the caller allows."""
-    matmul, cudnn, cpu = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn
-    if hasattr(matmul, "fp32_precision"):  # since PyTorch 2.9, which may refuse to be asked in the old way
-        places, switch, exact = [matmul, cudnn.conv, cudnn.rnn, cpu.matmul, cpu.conv], "fp32_precision", "ieee"
-    else:
-        places, switch, exact = [matmul, cudnn], "allow_tf32", False
-    before = [getattr(place, switch) for place in places]
+    """Float32 is float32 inside, neither TF32 nor bf16, whatever the caller allows.
+
+    The switches are the process's: the first thread inside sets them, the last one puts them back.
+    """
+    global _exact_inside
+    with _exact_guard:
+        if _exact_inside == 0:
+            _exact_before.extend(_set_exact())
+        _exact_inside += 1
     try:
-        for place in places:
-            setattr(place, switch, exact)
         yield
     finally:
-        for place, value in zip(places, before, strict=True):
-            setattr(place, switch, value)
+        with _exact_guard:
+            _exact_inside -= 1
+            while _exact_inside == 0 and _exact_before:
+                _exact_before.pop()()
+
+
+def _set_exact() -> list[Callable[[], None]]:
+    """Set the switches; gives what puts each back."""
+    everywhere: Any = torch.backends
+    matmul, cudnn, cpu = everywhere.cuda.matmul, everywhere.cudnn, everywhere.mkldnn
+    if not hasattr(matmul, "fp32_precision"):  # until PyTorch 2.8
+        return [_switched(place, "allow_tf32", False) for place in (matmul, cudnn)]
+    back = [_switched(place, "fp32_precision", "ieee") for place in (matmul, cpu.matmul, cpu.conv)]
+    if {everywhere.fp32_precision, cudnn.fp32_precision} == {"none"}:
+        with suppress(RuntimeError):  # whoever set cuDNN's in the new way may not ask in the old one
+            # In the old way wherever that is possible: PyTorch's own compiler stumbles over the new one.
+            return [*back, _switched(cudnn, "allow_tf32", False)]
+    return [*back, *(_switched(place, "fp32_precision", "ieee") for place in (cudnn.conv, cudnn.rnn))]
+
+
+def _switched(place: Any, name: str, value: Any) -> Callable[[], None]:
+    before = getattr(place, name)
+    setattr(place, name, value)
+    return partial(setattr, place, name, before)
 
 
 _turns: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()

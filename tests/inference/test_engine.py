@@ -1,0 +1,342 @@
+"""Engines against the replay of a Trace: the same decisions, whatever runs the network."""
+
+import itertools
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import shallowdeep as sd
+from shallowdeep.errors import ConfigError, DataError, UnknownName
+from shallowdeep.networks.sdn import ShallowDeepNetwork
+
+BACKENDS = ["eager", "stages"]
+
+
+@pytest.fixture(scope="module")
+def engine_for(small, images):
+    """Engines by back end and policy, each exported once."""
+    made = {}
+
+    def make(backend, policy, **options):
+        key = (backend, repr(policy), repr(options))
+        if key not in made:
+            made[key] = sd.Engine(small, policy, backend=backend, example_inputs=images, **options)
+        return made[key]
+
+    return make
+
+
+def assert_decides_like(answers, decisions):
+    np.testing.assert_array_equal(answers.exits, decisions.exits.numpy())
+    np.testing.assert_allclose(answers.scores, decisions.scores.numpy(), atol=1e-5)
+    np.testing.assert_array_equal(answers.labels, decisions.predictions.numpy())
+    np.testing.assert_allclose(answers.confidences, decisions.scores.numpy().max(1), atol=1e-5)
+    np.testing.assert_allclose(answers.costs, decisions.costs.numpy())
+
+
+def test_samples_part_ways(request, trace, policy):
+    """What the other tests here rest on."""
+    used = sum(share > 0 for share in sd.replay(trace, policy).exit_shares)
+    expected = {"confidence": 4, "most confident": 4, "some exits": 3, "patience": 2}
+    assert used == expected.get(request.node.callspec.params["policy"], 1)
+
+
+@pytest.mark.parametrize("micro_batch", [None, 7])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_engine_decides_like_replay(engine_for, images, trace, policy, backend, micro_batch):
+    engine = engine_for(backend, policy, micro_batch=micro_batch)
+    assert_decides_like(engine(images), sd.replay(trace, policy))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_sample_is_answered_as_in_a_batch(engine_for, images, trace, backend):
+    policy = sd.Confidence(0.6)
+    engine, decisions = engine_for(backend, policy), sd.replay(trace, policy)
+    assert [engine(images[i : i + 1]).exits[0] for i in range(12)] == decisions.exits[:12].tolist()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_stream_answers_what_a_call_answers(engine_for, images, trace, policy, backend):
+    engine = engine_for(backend, policy)
+    parts = list(engine.stream(images.split(16)))
+    merged = {
+        int(i): (int(e), int(label))
+        for part in parts
+        for i, e, label in zip(part.ids, part.exits, part.labels, strict=True)
+    }
+    decisions = sd.replay(trace, policy)
+    assert merged == dict(enumerate(zip(decisions.exits.tolist(), decisions.predictions.tolist(), strict=True)))
+    assert sum(map(len, parts)) == len(images)
+
+
+def test_a_refilled_stream_answers_the_same(small, images, trace, policy):
+    engine = sd.Engine(small, policy, backend="stages", micro_batch=16)
+    parts = list(engine.stream(images.split(5), refill=True))
+    order = np.argsort(np.concatenate([part.ids for part in parts]))
+    exits = np.concatenate([part.exits for part in parts])[order]
+    assert exits.tolist() == sd.replay(trace, policy).exits.tolist()
+
+
+def test_an_eager_stream_cannot_refill(small, images):
+    with pytest.raises(ConfigError, match="refill takes stages"):
+        list(sd.Engine(small, sd.Confidence(0.6)).stream([images], refill=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_anytime_gives_the_best_so_far_and_ends_at_the_answers(engine_for, images, trace, policy, backend):
+    engine = engine_for(backend, policy)
+    found = list(engine.anytime(images))
+    assert_decides_like(found[-1], sd.replay(trace, policy))
+    assert all(len(answers) == len(images) for answers in found)
+    assert len(found) == len(set(found[-1].exits.tolist()) | {e for e in engine.exits if e <= found[-1].exits.max()})
+    for before, after in itertools.pairwise(found):
+        gone = before.exits != after.exits.max()
+        left = np.isin(np.arange(len(images)), np.flatnonzero(after.exits == before.exits))
+        np.testing.assert_array_equal(after.scores[left & gone], before.scores[left & gone])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_latency_table_changes_no_answer(engine_for, images, trace, policy, backend):
+    engine = engine_for(backend, policy)
+    latency = engine.measure(images[:3], [1, 8], repeats=1)
+    assert engine.latency == latency
+    assert len(latency.run_ms) == len(engine.exits)
+    assert_decides_like(engine(images), sd.replay(trace, policy))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropped_rows_are_not_computed(engine_for, images, backend):
+    """The last block sees only the samples that get there."""
+    engine = engine_for(backend, sd.Confidence(0.0))
+    with SeeingRows() as seen:
+        engine(images)
+    assert seen.rows == [len(images)]  # the stem's, and no block's
+
+
+class SeeingRows(torch.utils._python_dispatch.TorchDispatchMode):
+    """Writes down the rows of every convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.convolution.default, torch.ops.aten.conv2d.default):
+            self.rows.append(len(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_plain_answers_with_the_last_exit(small, images, trace):
+    answers = sd.Engine(small, sd.Confidence(0.0), backend="plain", micro_batch=16)(images)
+    np.testing.assert_allclose(answers.scores, trace.logits[-1].softmax(-1).numpy(), atol=1e-6)
+    assert set(answers.exits.tolist()) == {3}
+    assert set(answers.costs.tolist()) == {1.0}  # no exit is run
+
+
+# What it leaves behind
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "plain"])
+def test_the_network_stays_as_it_was(small, images, backend, engine_for):
+    small.train()
+    small.exits.eval()
+    modes = [module.training for module in small.modules()]
+    before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+    engine = engine_for(backend, sd.Confidence(0.6))
+    engine(images)
+    assert next(iter(engine.stream([images]))) is not None
+    engine.record([images])
+    assert [module.training for module in small.modules()] == modes
+    assert all(parameter.requires_grad for parameter in small.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in small.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in small.modules())
+    small.eval()
+
+
+def test_hooks_are_gone_after_an_error(small, images):
+    broken = ShallowDeepNetwork(
+        nn.Sequential(*[Twice(), Failing()]),
+        [Head()],
+        small.placements[:1],
+        small.costs.select([0, 3]),
+        label_spaces={"": 5},
+    )
+    broken.placements = (
+        small.placements[0].__class__(None, 0.5, small.placements[0].site.__class__("0", (3,), 1, True, "")),
+    )
+    engine = sd.Engine(broken, sd.Confidence(1.0))
+    with pytest.raises(ValueError, match="on purpose"):
+        engine(torch.zeros(2, 3))
+    assert not any(module._forward_hooks for module in broken.modules())
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return 2 * x * self.weight
+
+
+class Failing(nn.Module):
+    def forward(self, x):
+        raise ValueError("on purpose")
+
+
+class Head(nn.Module):
+    def forward(self, x):
+        return x.new_zeros(len(x), 5)
+
+
+# Threads
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_threads_get_the_answers_of_one(engine_for, images, trace, backend):
+    policy = sd.Confidence(0.6)
+    engine, decisions = engine_for(backend, policy), sd.replay(trace, policy)
+    with ThreadPoolExecutor(4) as pool:
+        for answers in pool.map(engine, [images] * 8):
+            assert_decides_like(answers, decisions)
+
+
+def test_an_abandoned_stream_ends_its_thread(small, images):
+    read = []
+
+    def batches():
+        for number in range(1000):
+            read.append(number)
+            yield images
+
+    stream = sd.Engine(small, sd.Confidence(0.6)).stream(batches())
+    next(stream)
+    stream.close()
+    count = len(read)
+    assert count < 1000
+    time.sleep(0.05)
+    assert len(read) == count
+    assert not [thread for thread in threading.enumerate() if thread.daemon and "_handed_out" in thread.name]
+
+
+def test_an_error_while_streaming_reaches_whoever_reads(small, images):
+    def batches():
+        yield images
+        raise OSError("the camera is gone")
+
+    with pytest.raises(OSError, match="the camera is gone"):
+        list(sd.Engine(small, sd.Confidence(0.6)).stream(batches()))
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x[:0], "holds no sample"),
+        (lambda x: x[:, :2], r"must be of shape \(n, 3, 16, 16\) and torch.float32, got \(40, 2, 16, 16\)"),
+        (lambda x: x.double(), "got .* and torch.float64"),
+        (lambda x: x[0], r"got \(3, 16, 16\)"),
+        (
+            lambda x: torch.where(torch.arange(len(x)).view(-1, 1, 1, 1) == 7, torch.nan, x),
+            "not finite, first in row 7",
+        ),
+        (lambda x: {"pixels": x}, "the engine takes inputs; got pixels"),
+        (lambda x: [x, "a cat"], "takes tensors only; input_1 is none"),
+    ],
+)
+def test_bad_inputs_are_refused(engine_for, images, backend, change, message):
+    engine = engine_for(backend, sd.Confidence(0.6))
+    with pytest.raises(sd.ShallowDeepError, match=message):
+        engine(change(images))
+    assert len(engine(images)) == len(images)
+
+
+def test_the_first_call_is_checked_too(small, images):
+    with pytest.raises(DataError, match="holds no sample"):
+        sd.Engine(small, sd.Confidence(0.6))(images[:0])
+    with pytest.raises(sd.ShallowDeepError, match="does not take"):
+        sd.Engine(small, sd.Confidence(0.6))(images[:, :2])
+
+
+def test_an_empty_stream_gives_nothing(small):
+    assert list(sd.Engine(small, sd.Confidence(0.6)).stream([])) == []
+
+
+def test_options_are_checked_when_the_engine_is_made(small):
+    with pytest.raises(UnknownName, match="Did you mean 'eager'"):
+        sd.Engine(small, sd.Confidence(0.6), backend="eeger")
+    with pytest.raises(UnknownName, match="no precision 'fp16'"):
+        sd.Engine(small, sd.Confidence(0.6), precision="fp16")
+    with pytest.raises(ConfigError, match="runs in fp32, bf16, not in 'int8'"):
+        sd.Engine(small, sd.Confidence(0.6), precision="int8")
+    with pytest.raises(ConfigError, match="micro_batch=0"):
+        sd.Engine(small, sd.Confidence(0.6), micro_batch=0)
+    with pytest.raises(ConfigError, match=r"exits \[0, 9\]"):
+        sd.Engine(small, sd.Confidence(0.6, exits=(0, 9)))
+    with pytest.raises(ConfigError, match="does not know spin: it has no options"):
+        sd.Engine(small, sd.Confidence(0.6), spin=True)(torch.zeros(1, 3, 16, 16))
+
+
+# Recording by the engine itself
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_engine_decides_like_the_replay_of_its_own_trace(engine_for, images, backend, precision):
+    policy = sd.Confidence(0.6)
+    engine = engine_for(backend, policy, precision=precision)
+    own = engine.record([images], split="val")
+    assert (own.info.precision, own.info.split, own.num_exits) == (precision, "val", 4)
+    assert_decides_like(engine(images), sd.replay(own, policy))
+
+
+def test_bf16_is_bf16(small, images, trace):
+    own = sd.Engine(small, sd.Confidence(0.6), precision="bf16").record([images])
+    error = (own.logits[0] - trace.logits[0]).abs().max() / trace.logits[0].abs().max()
+    assert 1e-4 < error < 5e-2
+    assert next(small.parameters()).dtype == torch.float32
+
+
+def test_a_recorded_engine_keeps_labels_ids_and_the_exits_it_looks_at(small, images):
+    labels = torch.arange(len(images)) % 5
+    engine = sd.Engine(small, sd.Confidence(0.6, exits=(1,)), backend="stages")
+    own = engine.record(sd.TensorSet(images, labels, num_classes=5), batch_size=16)
+    assert torch.equal(own.labels, labels)
+    assert own.costs == small.costs.select([1, 3])
+
+
+# Networks that take several inputs
+
+
+@pytest.mark.slow
+def test_a_text_network_drops_the_rows_of_its_mask(text_network):
+    sdn, inputs = text_network
+    policy = sd.Confidence(sd.record(sdn, [inputs]).logits[0].softmax(-1).amax(-1).median().item())
+    decisions = sd.replay(sd.record(sdn, [inputs]), policy)
+    assert sum(share > 0 for share in decisions.exit_shares) >= 2
+    for backend in BACKENDS:
+        assert_decides_like(sd.Engine(sdn, policy, backend=backend)(inputs), decisions)
+        with pytest.raises(DataError, match="inputs differ in rows"):
+            sd.Engine(sdn, policy, backend=backend)({**inputs, "attention_mask": inputs["attention_mask"][:3]})
+
+
+@pytest.fixture(scope="module")
+def text_network():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, num_labels=4
+    )
+    net = transformers.BertForSequenceClassification(config).eval()
+    tokens = torch.randint(1, 50, (12, 9), generator=torch.Generator().manual_seed(2))
+    lengths = torch.arange(12) % 6 + 4
+    inputs = {"input_ids": tokens, "attention_mask": (torch.arange(9) < lengths[:, None]).long()}
+    return sd.attach(net, inputs, taps=["bert.encoder.layer.0", "bert.encoder.layer.1"]), inputs
