@@ -15,14 +15,15 @@ class Planned:
 
     exits = (0, 2, 5)
 
-    def __init__(self, sizes=None):
-        self.sizes = sizes
+    def __init__(self, sizes=None, most=None):
+        self.sizes, self.most = sizes, most
         self.ran = []  # (stage, rows)
 
     def run(self, stage, values):
         x = values["x"]
         assert len(x) > 0
         assert self.sizes is None or len(x) in self.sizes
+        assert self.most is None or len(x) <= self.most
         self.ran.append((stage, len(x)))
         scores = np.stack([x[:, 1] + stage, np.zeros(len(x))], axis=1)
         return Step({"x": x.copy()}, x[:, 0] <= stage, scores, scores)
@@ -69,7 +70,8 @@ STOPS = st.lists(st.integers(0, 3), min_size=1, max_size=40)
     latency=st.sampled_from(list(TABLES)),
 )
 def test_every_sample_is_answered_once_where_it_stops(stops, micro_batch, sizes, latency):
-    cascade = Cascade(Planned(sizes), COSTS, TABLES[latency], micro_batch)
+    stages = Planned(sizes, most=None if sizes else micro_batch)
+    cascade = Cascade(stages, COSTS, TABLES[latency], micro_batch)
     check(cascade.answer(inputs(stops)), stops)
 
 

@@ -19,7 +19,7 @@ from shallowdeep.inference.backends import Order
 from shallowdeep.inference.runner import Answers, Latency, Leaving, Values, collect, live_rows, pays, settle
 from shallowdeep.inference.stages import as_inputs
 from shallowdeep.inference.torch_stages import fetch, network_for, take
-from shallowdeep.networks.calls import evaluating, exact_float32
+from shallowdeep.networks.calls import exact_float32, in_eval_mode
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.networks.taps import letting_leave
 from shallowdeep.policies.rules import ExitPolicy, State, exits_of
@@ -88,7 +88,7 @@ class Eager:
 
     def logits(self, inputs: Values) -> list[Tensor]:
         """Logits ``(n, outputs)`` at each exit, nobody leaving."""
-        with torch.inference_mode(), evaluating(self.sdn), exact_float32():
+        with torch.inference_mode(), in_eval_mode(self.sdn), exact_float32():
             found = self.sdn(as_inputs(self._cast(inputs), self.like))
         return [found[exit].float().cpu() for exit in self.exits]
 
@@ -97,7 +97,7 @@ class Eager:
         sizes = sorted(sizes)
         rows = len(next(iter(inputs.values())))
         takes, runs = np.zeros((2, repeats + 1, len(self.exits), len(sizes)))
-        with torch.inference_mode(), evaluating(self.sdn), exact_float32():
+        with torch.inference_mode(), in_eval_mode(self.sdn), exact_float32():
             for repeat in range(repeats + 1):
                 for place, size in enumerate(sizes):
                     watch = _Watch(self, size)
@@ -120,7 +120,7 @@ class Eager:
         all_live: bool = False,
     ) -> None:
         start = 0
-        with torch.inference_mode(), evaluating(self.sdn), exact_float32():
+        with torch.inference_mode(), in_eval_mode(self.sdn), exact_float32():
             for values in batches:
                 rows = len(next(iter(values.values())))
                 for first in range(start, start + rows, self.micro_batch or rows):

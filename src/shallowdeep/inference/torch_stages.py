@@ -13,7 +13,7 @@ from torch import Tensor
 from shallowdeep.inference.backends import PRECISIONS, Order
 from shallowdeep.inference.runner import Cascade, Step, Values
 from shallowdeep.inference.stages import Body, Stage, as_inputs, cut, thresholds_of
-from shallowdeep.networks.calls import evaluating, exact_float32
+from shallowdeep.networks.calls import exact_float32, in_eval_mode
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.policies.rules import ExitPolicy
 
@@ -87,7 +87,9 @@ class PlainStage:
 
     def run(self, stage: int, values: Values) -> Step:
         """Run the whole backbone."""
-        with torch.inference_mode(), evaluating(self._sdn), exact_float32():
+        dtype = next(self._sdn.parameters()).dtype
+        values = {name: value.to(dtype) if value.is_floating_point() else value for name, value in values.items()}
+        with torch.inference_mode(), in_eval_mode(self._sdn), exact_float32():
             logits = self._sdn.run_backbone(as_inputs(values, self._like)).float()
         return Step({}, torch.ones(len(logits), dtype=torch.bool, device=logits.device), logits.softmax(-1), logits)
 
@@ -125,7 +127,8 @@ def network_for(order: Order) -> ShallowDeepNetwork:
 def build_stages(order: Order) -> Cascade:
     """Exported stages, run as they are: what every other run time of stages is compared to."""
     order.take_options()
-    bodies = cut(order.sdn, order.example_inputs, exits=order.exits)
+    sdn = order.sdn if order.precision == "fp32" else copy.deepcopy(order.sdn)  # its stages are converted in place
+    bodies = cut(sdn, order.example_inputs, exits=order.exits)
     stages = TorchStages(bodies, order.policy, order.sdn.num_outputs, dtype=PRECISIONS[order.precision])
     return Cascade(stages, order.costs, micro_batch=order.micro_batch)
 

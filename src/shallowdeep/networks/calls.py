@@ -157,16 +157,28 @@ def distinct_rows(inputs: Any, num_rows: int) -> Any:
 
 
 @contextmanager
+def in_eval_mode(net: nn.Module) -> Iterator[None]:
+    """Evaluation mode; every submodule's own mode is restored, also after an error."""
+    with taking_turns(net):  # another thread would take this one's modes for the network's own
+        training = [module for module in net.modules() if module.training]
+        try:
+            if training:
+                net.eval()
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+@contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every submodule's own mode is restored, also after an error.
+    """Evaluation mode without gradients; modes and weights are as before afterwards, also after an error.
 
     No weight asks for a gradient either: PyTorch's FLOP counter stumbles, under ``no_grad``, over one that is given
     to a submodule as an input.
     """
-    with taking_turns(net):  # another thread would take this one's modes for the network's own
-        modes = {module: module.training for module in net.modules()}
+    with in_eval_mode(net):
         trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
-        net.eval()
         try:
             for parameter in trained:
                 parameter.requires_grad_(False)
@@ -175,8 +187,6 @@ def evaluating(net: nn.Module) -> Iterator[None]:
         finally:
             for parameter in trained:
                 parameter.requires_grad_(True)
-            for module, mode in modes.items():
-                module.training = mode
 
 
 _exact_guard = threading.Lock()
