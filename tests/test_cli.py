@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from shallowdeep.cli import app, main
 from shallowdeep.networks.sdn import ShallowDeepNetwork
+from shallowdeep.policies.replay import replay
 from shallowdeep.runs import Run
 from shallowdeep.storage import load_tensors, save_tensors
 from shallowdeep.traces.trace import Trace
@@ -144,6 +145,51 @@ def test_probe_lists_names(shell):
     assert shell("probe")[1].split() == ["mobilenet", "resnet110", "resnet20", "resnet56", "vgg16", "wrn32_4"]
 
 
+def test_bench(runs, tmp_path, shell):
+    run = Run.open(runs / "ic")
+    run.archive(tmp_path / "kept")
+    copy = Run.open(tmp_path / "kept")
+    copy.record(["test"], progress=False)  # an archive's own is in half precision
+    copy.calibrate(max_cost=0.5)
+    options = [
+        "--batch-size",
+        1,
+        "--batch-size",
+        8,
+        "--backend",
+        "eager",
+        "--backend",
+        "openvino",
+        "--precision",
+        "bf16",
+    ]
+    options += ["--precision", "fp32", "--num-samples", 24, "--rounds", 2, "--threads", 1, "--no-smaller"]
+    code, out, err = shell("bench", tmp_path / "kept", *options)
+    assert code == 0, err
+    for word in ("of plain", "× one at a time", "of linear bound", "of the time without exits"):
+        assert word in out
+    kept = json.loads((tmp_path / "kept" / "results" / "bench.json").read_text())
+    assert (kept["rounds"], kept["threads"], kept["measured_on"]["threads"], kept["split"]) == (2, 1, 1, "test")
+    assert {"processor", "versions", "command", "data_md5"} <= set(kept["measured_on"])
+    assert {(t["backend"], t["precision"], t["batch_size"]) for t in kept["timings"]} >= {
+        ("eager", precision, size) for precision in ("fp32", "bf16") for size in (1, 8)
+    }
+    by_name = {(row["precision"], row["batch"]): row for row in kept["bounds"] if row["back end"] == "eager"}
+    assert by_name["fp32", 8]["unlike replay"] - by_name["fp32", 8]["of them ties"] == 0
+    decisions = replay_of_some(copy, 24)
+    assert {row["n"] for row in kept["engines"]} == {24, 16}
+    found = next(row for row in kept["engines"] if (row["precision"], row["n"]) == ("fp32", 24))
+    assert found["accuracy"] == pytest.approx(decisions.accuracy)
+    assert found["cost"] == pytest.approx(decisions.cost)
+
+
+def replay_of_some(run, number):
+    """What the run's policy does on the samples that a benchmark of so many uses."""
+    trace = run.trace("test")
+    ids = run.load_data().split("test").sample(number).ids
+    return replay(trace.select((trace.ids[:, None] == ids).any(1)), run.policy())
+
+
 def bad_inputs(runs, tmp_path):
     """What a user gets wrong, and the words that must answer."""
     truncated = tmp_path / "trace.safetensors"
@@ -182,6 +228,11 @@ def bad_inputs(runs, tmp_path):
         (["fit", "--set", "image_size=64", "--out", out], "image_size=64"),
         (["replay", runs / "ic", "--split", "foo"], "no split 'foo'"),
         (["replay", runs / "plain"], "has no policy. Choose one"),
+        (["bench", runs / "plain"], "has no policy. Choose one"),
+        (["bench", tmp_path / "gone"], "no file"),
+        (["bench", runs / "ic", "--backend", "onxx"], "no back end 'onxx'. Did you mean 'onnx'?"),
+        (["bench", runs / "ic", "--num-samples", 0], "at least one sample"),
+        (["bench", runs / "ic", "--num-samples", 8], "batches of 256 need as many samples"),
         (["probe", "resnet20", *(w for i in range(1, 60) for w in ("--shares", i / 60))], "legal sites"),
     ]  # fmt: skip
 

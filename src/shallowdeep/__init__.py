@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from shallowdeep.data.tensors import TensorSet
     from shallowdeep.errors import ShallowDeepError
     from shallowdeep.inference.engine import Engine
-    from shallowdeep.inference.runner import Answers
+    from shallowdeep.inference.onnx.export import Export, export
+    from shallowdeep.inference.runner import Answers, Runner
     from shallowdeep.networks.attach import attach
     from shallowdeep.networks.costs import Costs
     from shallowdeep.networks.exits import InternalClassifier, TokenClassifier, VectorClassifier
@@ -57,7 +58,8 @@ _HOMES = {
     "data.tensors": ["TensorSet"],
     "errors": ["ShallowDeepError"],
     "inference.engine": ["Engine"],
-    "inference.runner": ["Answers"],
+    "inference.onnx.export": ["Export", "export"],
+    "inference.runner": ["Answers", "Runner"],
     "networks.attach": ["attach"],
     "networks.costs": ["Costs"],
     "networks.exits": ["InternalClassifier", "TokenClassifier", "VectorClassifier"],
@@ -90,6 +92,7 @@ __all__ = [
     "Engine",
     "ExitPolicy",
     "Exits",
+    "Export",
     "FileStore",
     "ImageSet",
     "InternalClassifier",
@@ -103,6 +106,7 @@ __all__ = [
     "Recipe",
     "Run",
     "RunConfig",
+    "Runner",
     "Samples",
     "ShallowDeepError",
     "ShallowDeepNetwork",
@@ -119,6 +123,7 @@ __all__ = [
     "calibrate",
     "confusion_scores",
     "example_inputs_for",
+    "export",
     "fit",
     "load_config",
     "load_data",

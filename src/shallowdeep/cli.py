@@ -192,6 +192,109 @@ def replay(
     typer.echo(str(decisions))
 
 
+@app.command()
+def export(
+    run: RunFolder,
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    precision: Annotated[str, typer.Option(help="fp32 or int8")] = "fp32",
+    uint8: Annotated[bool, typer.Option("--uint8", help="take images as they are in files")] = False,
+) -> None:
+    """Write the network and its policy as a folder that runs without PyTorch."""
+    from shallowdeep.runs import Run
+
+    typer.echo(str(Run.open(run).export(out, precision=precision, uint8=uint8)))
+    typer.echo(f"Next: python {out / 'run.py'} images.npy --out answers.npz")
+
+
+@app.command()
+def bench(
+    run: Annotated[Path, typer.Argument(help="run folder, or one that was exported")],
+    batch_size: Annotated[list[int] | None, typer.Option(help="samples in a batch (repeat); 1, 8, 32, 256")] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="of the engine (repeat); without: all there are")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="fp32, bf16 or int8 (repeat); fp32")] = None,
+    num_samples: Annotated[int, typer.Option(help="of the test split, at most")] = 2000,
+    rounds: Annotated[int, typer.Option(help="times that each figure is taken")] = 10,
+    threads: Annotated[int | None, typer.Option(help="of the CPU; without: as many as PyTorch takes")] = None,
+    smaller: Annotated[bool, typer.Option(help="also time the networks that end at one exit")] = True,
+    provider: Annotated[list[str] | None, typer.Option(help="of ONNX Runtime, for an exported folder")] = None,
+) -> None:
+    """Time early exits against the same network without them, by batch size and back end.
+
+    In an exported folder, time samples that leave at the first exit against such as go through.
+    """
+    if (run / "manifest.json").exists():
+        _bench_folder(run, batch_size or [1, 32], rounds, threads, provider or ["CPUExecutionProvider"])
+        return
+    if provider:
+        raise ConfigError("--provider is for an exported folder; name back ends by --backend.")
+    from shallowdeep.errors import MissingExtra
+    from shallowdeep.inference.bench import DEFAULT_BACKENDS, measure_speed
+    from shallowdeep.provenance import describe_environment
+    from shallowdeep.runs import Run
+
+    chosen = Run.open(run)
+    policy, sdn = chosen.policy(), chosen.load()
+    data = chosen.load_data(sdn.backbone)
+    test = _first_samples(data.split("test"), num_samples)
+    recorded = (chosen.folder / "traces" / "test.safetensors").exists()
+    report = measure_speed(
+        sdn,
+        policy,
+        test.inputs,
+        test.labels,
+        batch_sizes=batch_size or (1, 8, 32, 256),
+        backends=backend or DEFAULT_BACKENDS,
+        precisions=precision or ("fp32",),
+        rounds=rounds,
+        threads=threads,
+        smaller=smaller,
+        trace=_rows_of(chosen.trace("test"), test.ids) if recorded else None,
+        calibration=_first_samples(data.split("val"), 256).inputs if "int8" in (precision or ()) else None,
+        progress=True,
+    )
+    measured_on = {**describe_environment(data, report.device), "threads": report.threads}
+    chosen.write_result("bench", report, split="test", measured_on=measured_on)
+    _show("Early exits against the same network without them: median of the rounds (their middle half)", report.rows())
+    _show("Against the stages' own times, and the replay's answers", report.bound_rows())
+    if rows := report.static_rows():
+        _show("Smaller networks without exits", rows)
+    typer.echo(str(report))
+    try:
+        report.plot(chosen.folder / "results" / "bench.png")
+    except MissingExtra as error:
+        typer.echo(f"no plot is drawn: {error}", err=True)
+
+
+def _bench_folder(folder: Path, batch_sizes: list[int], rounds: int, threads: int | None, providers: list[str]) -> None:
+    from shallowdeep.inference.runner import RunnerError, Settings, bench
+
+    # The process is ours and does nothing else: all sessions share one pool of threads.
+    settings = Settings(threads=threads or 0, providers=tuple(providers), shared_pool=True)
+    try:
+        typer.echo(str(bench(folder, sizes=batch_sizes, repeats=rounds, settings=settings)))
+    except RunnerError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _first_samples(samples: Any, number: int) -> Any:
+    """Some samples of a split in one batch: with the classes in proportion, where they can be picked."""
+    from shallowdeep.data.samples import IndexedSamples
+
+    if number < 1:
+        raise ConfigError(f"a benchmark uses at least one sample, got {number}.")
+    some = samples.sample(number) if isinstance(samples, IndexedSamples) else samples
+    return next(iter(some.batches(number)))
+
+
+def _rows_of(trace: Any, ids: Any) -> Any:
+    """The part of a Trace that has these ids, in their order."""
+    place = {id: row for row, id in enumerate(trace.ids.tolist())}
+    missing = [id for id in ids.tolist() if id not in place]
+    if missing:
+        raise ConfigError(f"the recorded Trace lacks {len(missing)} of the samples. Record it anew: shallowdeep record")
+    return trace.select(ids.new_tensor([place[id] for id in ids.tolist()]).cpu())
+
+
 def _placements(sdn: Any) -> list[dict[str, Any]]:
     return [
         {"exit": i, "tap": p.site.name, "asked": p.asked, "got": p.got, "cost with exits": cost}

@@ -26,6 +26,7 @@ from shallowdeep.data.samples import SPLITS, IndexedSamples, Splits
 from shallowdeep.data.sources import load_data
 from shallowdeep.data.text import TEXTS
 from shallowdeep.errors import ConfigError, FileFormatError, TraceError, UnknownName
+from shallowdeep.inference.onnx.export import Export, export
 from shallowdeep.networks.attach import attach
 from shallowdeep.networks.backbones.weights import put_weights
 from shallowdeep.networks.inputs import preprocessing_of
@@ -297,6 +298,31 @@ class Run:
             "replay" if split == "test" else f"replay_{split}", decisions, split=split, policy=self.policy().to_dict()
         )
         return decisions
+
+    def export(
+        self, folder: str | os.PathLike[str], *, precision: str = "fp32", uint8: bool = False, calibrate_on: int = 512
+    ) -> Export:
+        """Write the network and its policy as a folder that runs without PyTorch; see ``export``.
+
+        Args:
+            folder: not there yet, or empty.
+            precision: ``"fp32"`` or ``"int8"``.
+            uint8: the folder takes images as they are in files, and normalises them itself.
+            calibrate_on: images of the validation split that int8 is calibrated on.
+        """
+        policy, sdn = self.policy(), self.load()
+        data = self.load_data(sdn.backbone)
+        split = data.split("val") if precision == "int8" else None
+        return export(
+            sdn,
+            policy,
+            Path(folder),
+            example_inputs=data.example_inputs,
+            precision=precision,
+            preprocessing=data if uint8 else None,
+            calibration=None if split is None else next(iter(split.batches(calibrate_on))).inputs,
+            class_names=data.train.class_names,
+        )
 
     def archive(self, folder: str | os.PathLike[str]) -> None:
         """Copy the run, whole or not at all, to where it can be kept: in half precision, without checkpoint.

@@ -84,9 +84,9 @@ def tracing_without_type_checks():
     """A graph is traced with symbols in the place of whole numbers, which the type checks of the suite refuse."""
     from jaxtyping import config
 
-    from shallowdeep.inference import onnx
+    from shallowdeep.inference.onnx import export
 
-    convert = onnx._convert
+    convert = export._convert
 
     def unchecked(*args):
         config.update("jaxtyping_disable", True)
@@ -95,6 +95,6 @@ def tracing_without_type_checks():
         finally:
             config.update("jaxtyping_disable", False)
 
-    onnx._convert = unchecked
+    export._convert = unchecked
     yield
-    onnx._convert = convert
+    export._convert = convert

@@ -444,6 +444,8 @@ print(len(graphs), equal)
 def test_compiled_inside_the_context_is_one_graph():
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=100)
     assert done.stdout == "1 [True, True, True, True, True, True]\n", done.stderr
+
+
 def test_an_output_that_is_changed_in_place_is_no_site():
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
     reasons = {site.name: site.why_not for site in probe(net, torch.randn(2, 6), split_over=0.0)}

@@ -129,7 +129,7 @@ BACKENDS = {
     "eager": Backend("eager:build_eager", ("fp32", "bf16")),
     "stages": Backend("torch_stages:build_stages", ("fp32", "bf16")),
     "compiled": Backend("compiled:build_compiled", ("fp32", "bf16")),
-    "onnx": Backend("onnx:build_onnx", ("fp32", "int8"), on_tensors=False),
-    "openvino": Backend("openvino:build_openvino", ("fp32", "bf16", "int8"), on_tensors=False),
+    "onnx": Backend("onnx.export:build_onnx", ("fp32", "int8"), on_tensors=False),
+    "openvino": Backend("onnx.openvino:build_openvino", ("fp32", "bf16", "int8"), on_tensors=False),
     "plain": Backend("torch_stages:build_plain", ("fp32", "bf16")),
 }

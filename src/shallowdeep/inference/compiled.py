@@ -7,7 +7,6 @@ there is no limit behind which PyTorch falls back to running a stage uncompiled.
 
 from __future__ import annotations
 
-import copy
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -185,9 +184,8 @@ def build_compiled(order: Order) -> Cascade:
     most = order.micro_batch or MICRO_BATCH.get(device.type, 256)
     sizes = sizes_up_to(most) if options.get("sizes") is None else _checked_sizes(options["sizes"])
     check_compiler(device)
-    sdn = order.sdn if order.precision == "fp32" else copy.deepcopy(order.sdn)  # its stages are converted in place
     stages = CompiledStages(
-        cut(sdn, order.example_inputs, exits=order.exits),
+        cut(order.sdn, order.example_inputs, exits=order.exits),
         order.policy,
         order.sdn.num_outputs,
         sizes=sizes,

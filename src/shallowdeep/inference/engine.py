@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,8 @@ class Engine:
             NetworkError: the back end cannot run this network.
             MissingExtra: it is not installed.
         """
+        if self._driver is not None:
+            return self
         with self._guard:
             if self._driver is None:
                 order = replace(self._order, example_inputs=example_inputs)
@@ -132,7 +135,8 @@ class Engine:
             DataError: the batch is empty, of another shape or type than the engine was prepared for, or holds
                 numbers that are not finite.
         """
-        return self._run(inputs).answer(self._values(inputs))
+        driver, values = self.ready(inputs)
+        return driver.answer(values)
 
     def stream(self, batches: Iterable[Any], *, refill: bool = False) -> Iterator[Answers]:
         """Hand each answer out when its sample leaves.
@@ -153,9 +157,10 @@ class Engine:
         first = next(batches, None)
         if first is None:
             return
-        driver = self._run(first)
-        values = (self._values(inputs) for inputs in _chained(first, batches))
-        for leaving in driver.stream(values, refill=refill):
+        driver, values = self.ready(first)
+        on_tensors = BACKENDS[self.backend].on_tensors
+        rest = (self._values(inputs, on_tensors) for inputs in batches)
+        for leaving in driver.stream(chain([values], rest), refill=refill):
             yield collect([leaving], driver.exits, driver.costs)
 
     def anytime(self, inputs: Any) -> Iterator[Answers]:
@@ -165,9 +170,9 @@ class Engine:
             Answers of all samples, in their order: of those that left where they left, of the others as they would
             be answered here.
         """
-        driver = self._run(inputs)
+        driver, values = self.ready(inputs)
         so_far: Answers | None = None
-        for leaving in driver.anytime(self._values(inputs)):
+        for leaving in driver.anytime(values):
             here = collect([leaving], driver.exits, driver.costs)
             so_far = here if so_far is None else so_far.updated(here)
             yield so_far
@@ -182,11 +187,12 @@ class Engine:
         """
         samples = as_samples(data, split=split or "")
         info = replace(describe(self.sdn, samples, split), precision=self.precision)
-        driver = self._run(samples.example_inputs)
 
         def forward(inputs: Any) -> list[Tensor]:
-            return [torch.as_tensor(logits) for logits in driver.logits(self._values(inputs))]
+            driver, values = self.ready(inputs)
+            return [torch.as_tensor(logits) for logits in driver.logits(values)]
 
+        driver, _ = self.ready(samples.example_inputs)
         costs = self.sdn.costs.select(driver.exits)
         return record_with(forward, samples, costs, info, batch_size=batch_size, progress=progress)
 
@@ -198,8 +204,8 @@ class Engine:
             sizes: of batches.
             repeats: the median counts.
         """
-        driver = self._run(inputs)
-        latency = driver.measure(self._values(inputs), sorted(set(sizes)), repeats=repeats)
+        driver, values = self.ready(inputs)
+        latency = driver.measure(values, sorted(set(sizes)), repeats=repeats)
         with self._guard:
             self._driver = replace(driver, latency=latency)  # type: ignore[type-var]
         return latency
@@ -217,8 +223,7 @@ class Engine:
     ) -> Tuning:
         """Time the back ends here, on batches of this size, and go on with the fastest of the same precision.
 
-        What was chosen is kept in the user's cache folder and found there again. Not while other threads use the
-        engine.
+        What was chosen is kept in the user's cache folder and found there again.
 
         Args:
             batch_size: rows of a batch.
@@ -236,7 +241,7 @@ class Engine:
             DataError: the inputs are none for this engine.
         """
         if inputs is not None:
-            self.prepare(inputs)._values(inputs)
+            self.ready(inputs)
         elif self._order.example_inputs is None:
             raise ConfigError("nothing says what inputs look like: pass inputs=, or example_inputs= to the engine.")
         if backends is None:
@@ -256,11 +261,19 @@ class Engine:
             self._order = replace(self._order, options=task.backends[self.backend])
         return tuning
 
-    def _run(self, inputs: Any) -> Driver:
-        driver = self._driver
-        return driver if driver is not None else self.prepare(inputs)._run(inputs)
+    def ready(self, inputs: Any) -> tuple[Driver, Values]:
+        """What runs a batch, and the batch as it takes it: for those who measure.
 
-    def _values(self, inputs: Any) -> Values:
+        Raises:
+            DataError: as for a call.
+        """
+        self.prepare(inputs)
+        with self._guard:  # tuning exchanges both
+            driver, on_tensors = self._driver, BACKENDS[self.backend].on_tensors
+        assert driver is not None
+        return driver, self._values(inputs, on_tensors)
+
+    def _values(self, inputs: Any, on_tensors: bool) -> Values:
         """A batch as the back end takes it, once it is known to be one."""
         values, expected = as_values(inputs), as_values(self._order.example_inputs)
         if values.keys() != expected.keys():
@@ -269,7 +282,7 @@ class Engine:
             _check(name, tensor, expected[name])
         if len({len(tensor) for tensor in values.values()}) > 1:
             raise DataError(f"inputs differ in rows: { ({name: len(t) for name, t in values.items()}) }.")
-        if not BACKENDS[self.backend].on_tensors:
+        if not on_tensors:
             return {name: tensor.detach().cpu().numpy() for name, tensor in values.items()}
         device = next(self.sdn.parameters()).device
         return {name: tensor.to(device) for name, tensor in values.items()}
@@ -283,11 +296,6 @@ def _check_example(sdn: ShallowDeepNetwork, example_inputs: Any) -> None:
     device = next(sdn.parameters()).device
     with evaluating(sdn):
         call_on_example(sdn.backbone, map_tensors(lambda t: t[:1].to(device), example_inputs))
-
-
-def _chained(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
-    yield first
-    yield from rest
 
 
 def _check(name: str, tensor: Tensor, expected: Tensor) -> None:

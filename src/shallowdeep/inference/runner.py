@@ -11,6 +11,7 @@ The first half, down to ``Cascade``, knows no run time at all and drives the sta
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import hashlib
 import json
@@ -429,8 +430,9 @@ class Settings:
         threads: that share the work of one operator; 0: one for each core.
         providers: by name, or name and options; the first has to be there.
         spinning: threads without work wait actively. Faster alone on a machine, and a brake on everything else.
-        shared_pool: all sessions share ONNX Runtime's global threads. It is for the whole process: a session made
-            later must say so as well. The fastest for programs that do nothing else.
+        shared_pool: all sessions share ONNX Runtime's global threads, as many as the first of them asked for. It is
+            for the whole process: every session made later must say so as well. The fastest for programs that do
+            nothing else.
     """
 
     threads: int = 0
@@ -457,7 +459,9 @@ class Settings:
         options = runtime.SessionOptions()
         options.log_severity_level = 3
         if self.shared_pool:
-            runtime.set_global_thread_pool_sizes(self.threads, 1)
+            # Threads that are there already stay as they are: whoever came first has chosen how many.
+            with contextlib.suppress(runtime.capi.onnxruntime_pybind11_state.Fail):
+                runtime.set_global_thread_pool_sizes(self.threads, 1)
             options.use_per_session_threads = False
         else:
             options.intra_op_num_threads = self.threads
@@ -467,7 +471,7 @@ class Settings:
             source = model if isinstance(model, bytes) else str(model)
             session = runtime.InferenceSession(source, options, providers=list(self.providers))
         except Exception as error:  # whatever a damaged or too new model makes of being read
-            why = " ".join(str(error).split())[:200]
+            why = " ".join(str(error).split())[-300:]  # what is wrong comes last, behind where that was found
             raise RunnerError(f"onnxruntime {runtime.__version__} does not open {name}: {why}") from error
         if asked[0] not in session.get_providers():
             raise RunnerError(f"{asked[0]} does not start; onnxruntime would run {name} on {session.get_providers()}.")
@@ -501,7 +505,7 @@ class OnnxStages:
         self,
         models: Sequence[str | Path | bytes],
         exits: Sequence[int],
-        thresholds: Mapping[str, float] | None = None,
+        thresholds: Mapping[str, float | int] | None = None,
         settings: Settings | None = None,
     ):
         settings = settings or Settings()
@@ -519,7 +523,7 @@ class OnnxStages:
         ]
         self._thresholds = typed_thresholds(self.sessions[0], thresholds or {})
 
-    def with_thresholds(self, thresholds: Mapping[str, float]) -> OnnxStages:
+    def with_thresholds(self, thresholds: Mapping[str, float | int]) -> OnnxStages:
         """The same sessions with other numbers for the policy."""
         other = copy.copy(self)
         other._thresholds = {**self._thresholds, **typed_thresholds(self.sessions[0], thresholds)}
@@ -575,7 +579,7 @@ class OnnxStages:
         return rows if isinstance(like, np.ndarray) else self._onto_device(rows)
 
 
-def typed_thresholds(session: Any, thresholds: Mapping[str, float]) -> Values:
+def typed_thresholds(session: Any, thresholds: Mapping[str, float | int]) -> Values:
     """A policy's numbers as a session's inputs want them.
 
     Raises:
@@ -655,7 +659,7 @@ class Runner:
         folder: str | Path,
         form: str = "stages",
         *,
-        thresholds: Mapping[str, float] | None = None,
+        thresholds: Mapping[str, float | int] | None = None,
         micro_batch: int | None = 32,
         settings: Settings | None = None,
     ):
@@ -718,7 +722,7 @@ class Runner:
             raise RunnerError(f"this takes form='stages'; form='{self.form}' gives nothing out between its exits.")
         return self._driver
 
-    def with_thresholds(self, thresholds: Mapping[str, float]) -> Runner:
+    def with_thresholds(self, thresholds: Mapping[str, float | int]) -> Runner:
         """The same sessions with other numbers for the policy."""
         other, driver = copy.copy(self), self._driver
         if isinstance(driver, OneFile):
@@ -744,7 +748,7 @@ class Runner:
             raise RunnerError(f"inputs differ in rows: { ({name: len(v) for name, v in values.items()}) }.")
         return values
 
-    def _stages(self, thresholds: Mapping[str, float], micro_batch: int | None) -> Cascade:
+    def _stages(self, thresholds: Mapping[str, float | int], micro_batch: int | None) -> Cascade:
         parts = self.manifest["stages"]
         models = [checked_file(self.folder, part) for part in parts]
         stages = OnnxStages(models, self.exits, thresholds, self.settings)
@@ -758,7 +762,7 @@ class Runner:
                     )
         return Cascade(stages, self.costs, None, micro_batch)
 
-    def _one_file(self, thresholds: Mapping[str, float], micro_batch: int | None) -> OneFile:
+    def _one_file(self, thresholds: Mapping[str, float | int], micro_batch: int | None) -> OneFile:
         part = self.manifest[self.form]
         if part is None:
             raise RunnerError(f"{self.folder} was exported without a {self.form} file. Use form='stages'.")
@@ -818,8 +822,7 @@ def checked_file(folder: Path, part: Mapping[str, Any]) -> Path:
     """A file of the folder, once its contents are known to be those the manifest speaks of."""
     path = folder / part["file"]
     try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise RunnerError(f"cannot read {path} ({error.strerror}). Export anew.") from None
     if found != part["sha256"]:

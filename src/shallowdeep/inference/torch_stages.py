@@ -127,8 +127,7 @@ def network_for(order: Order) -> ShallowDeepNetwork:
 def build_stages(order: Order) -> Cascade:
     """Exported stages, run as they are: what every other run time of stages is compared to."""
     order.take_options()
-    sdn = order.sdn if order.precision == "fp32" else copy.deepcopy(order.sdn)  # its stages are converted in place
-    bodies = cut(sdn, order.example_inputs, exits=order.exits)
+    bodies = cut(order.sdn, order.example_inputs, exits=order.exits)
     stages = TorchStages(bodies, order.policy, order.sdn.num_outputs, dtype=PRECISIONS[order.precision])
     return Cascade(stages, order.costs, micro_batch=order.micro_batch)
 

@@ -93,6 +93,8 @@ class Confidence:
             raise ConfigError(
                 f"a confidence threshold lies between 0 and 1 (above, up to 2: never stop), got {self.threshold}."
             )
+        if isinstance(self.threshold, int):
+            object.__setattr__(self, "threshold", float(self.threshold))
         if self.answer not in ("last", "most_confident"):
             raise ConfigError(f"answer is 'last' or 'most_confident', got {self.answer!r}.")
         _check_exits(self.exits)

@@ -1,0 +1,394 @@
+"""Exported stages and self-exiting files: they decide as the replay of a Trace does."""
+
+import copy
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import shallowdeep as sd
+from shallowdeep.errors import ConfigError, NetworkError, UnknownName
+from shallowdeep.inference import runner
+from shallowdeep.inference.onnx import export as onnx_export
+from shallowdeep.inference.onnx.export import as_typed, export
+from shallowdeep.inference.runner import FORMS, Cascade, OnnxStages, Runner, Settings
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+ONE_THREAD = Settings(threads=1)
+KINDS = {
+    "some exits": lambda c: sd.Confidence(c, exits=(0, 2), answer="most_confident"),
+    "patience": lambda c: sd.Patience(1),
+    "confidence": lambda c: sd.Confidence(c),
+}
+
+
+@pytest.fixture(scope="module")
+def parting(small, images):
+    """The small network with centred logits, so that exits agree on some samples and not on others."""
+    sdn = copy.deepcopy(small)
+    with torch.no_grad():
+        for head, logits in zip([*sdn.exits, sdn.backbone], sdn(images), strict=True):
+            last = [module for module in head.modules() if isinstance(module, nn.Linear)][-1]
+            last.bias -= logits.mean(0)
+    return sdn
+
+
+@pytest.fixture(scope="module")
+def seen(parting, images):
+    return sd.record(parting, sd.TensorSet(images, torch.zeros(len(images), dtype=torch.int64), num_classes=5))
+
+
+@pytest.fixture(scope="module", params=["some exits", "patience", pytest.param("confidence", marks=pytest.mark.slow)])
+def exported(request, parting, images, seen, tmp_path_factory):
+    """A policy whose samples part ways, and a folder with it."""
+    sure = torch.stack([logits.softmax(-1).amax(-1) for logits in seen.logits[:-1]])
+    policies = [KINDS[request.param](sure.quantile(share).item()) for share in (0.3, 0.4, 0.5, 0.6, 0.7)]
+    policy = next(one for one in policies if len(sd.replay(seen, one).exits.unique()) >= 3)
+    folder = tmp_path_factory.mktemp("exports") / "out"
+    return policy, export(parting, policy, folder, example_inputs=images[:8], class_names=list("abcde"))
+
+
+def assert_decides_like(answers, decisions):
+    np.testing.assert_array_equal(answers.exits, decisions.exits.numpy())
+    np.testing.assert_allclose(answers.scores, decisions.scores.numpy(), atol=1e-5)
+    np.testing.assert_array_equal(answers.labels, decisions.predictions.numpy())
+    np.testing.assert_allclose(answers.costs, decisions.costs.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("micro_batch", [None, 7])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_decides_like_replay(exported, images, seen, form, micro_batch):
+    policy, out = exported
+    decisions = sd.replay(seen, policy)
+    assert len(decisions.exits.unique()) >= 3
+    answers = Runner(out.folder, form, micro_batch=micro_batch, settings=ONE_THREAD)(images.numpy())
+    assert_decides_like(answers, decisions)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_sample_is_answered_as_in_a_batch(exported, images, seen, form):
+    policy, out = exported
+    one = Runner(out.folder, form, settings=ONE_THREAD)
+    found = [one(images[i : i + 1].numpy()).exits[0] for i in range(12)]
+    assert found == sd.replay(seen, policy).exits[:12].tolist()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_other_thresholds_are_those_of_another_policy(exported, images, seen, form):
+    policy, out = exported
+    name, other = ("patience", 0) if isinstance(policy, sd.Patience) else ("threshold", 0.45)
+    decisions = sd.replay(seen, type(policy)(**{**vars(policy), name: other}))
+    assert decisions.exits.tolist() != sd.replay(seen, policy).exits.tolist()
+    assert_decides_like(Runner(out.folder, form, thresholds={name: other})(images.numpy()), decisions)
+    opened = Runner(out.folder, form)
+    assert_decides_like(opened.with_thresholds({name: other})(images.numpy()), decisions)
+    assert_decides_like(opened(images.numpy()), sd.replay(seen, policy))
+
+
+def test_a_folder_streams_and_answers_at_any_time(exported, images, seen):
+    policy, out = exported
+    one, decisions = Runner(out.folder, settings=ONE_THREAD), sd.replay(seen, policy)
+    for refill in (False, True):
+        parts = list(one.stream([part.numpy() for part in images.split(16)], refill=refill))
+        order = np.argsort(np.concatenate([part.ids for part in parts]))
+        assert np.concatenate([part.exits for part in parts])[order].tolist() == decisions.exits.tolist()
+    *_, last = one.anytime(images.numpy())
+    assert_decides_like(last, decisions)
+    for form in ("single", "batched"):
+        parts = list(Runner(out.folder, form, micro_batch=8).stream([part.numpy() for part in images.split(16)]))
+        assert sorted(np.concatenate([part.ids for part in parts]).tolist()) == list(range(len(images)))
+
+
+def test_the_manifest_says_what_there_is(exported, parting, seen):
+    policy, out = exported
+    manifest = json.loads((out.folder / "manifest.json").read_text())
+    assert manifest["policy"] == policy.to_dict()
+    assert manifest["exits"] == [*(policy.exits or range(3)), 3]
+    assert manifest["taps"] == ["stem", "first", "second"]
+    costs = dict(zip(manifest["exits"], manifest["costs"], strict=True))
+    decisions = sd.replay(seen, policy)
+    assert [costs[exit] for exit in decisions.exits.tolist()] == pytest.approx(decisions.costs.tolist(), rel=1e-6)
+    (one,) = manifest["inputs"]
+    assert {key: one[key] for key in ("name", "dtype", "shape")} == {
+        "name": "inputs",
+        "dtype": "float32",
+        "shape": [3, 16, 16],
+    }
+    assert manifest["class_names"] == list("abcde")
+    assert manifest["parity"]["rows"] == 8
+    assert len(manifest["parity"]["exits_used"]) >= 3
+    assert 0 < manifest["parity"]["logits"] < 1e-5
+    assert {entry["form"]: entry["ratio"] > 0 for entry in manifest["laziness"]} == {"single": True, "batched": True}
+    assert {path.name for path in out.folder.iterdir()} == set(out.files)
+    assert "within" in str(out)
+    assert "single.onnx: leaving at the first exit takes" in str(out)
+
+
+def test_files_say_nothing_of_this_machine(exported):
+    _, out = exported
+    for path in out.folder.iterdir():
+        assert b"site-packages" not in path.read_bytes(), path
+        assert str(out.folder.parent).encode() not in path.read_bytes(), path
+
+
+def test_a_sample_that_leaves_runs_nothing_deeper(exported, images, tmp_path):
+    """What ran, by ONNX Runtime's own profile."""
+    _, out = exported
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling = True
+    options.intra_op_num_threads = 1
+    options.profile_file_prefix = str(tmp_path / "profile")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # keeps nodes' names
+    session = onnxruntime.InferenceSession(out.folder / "single.onnx", options, providers=["CPUExecutionProvider"])
+    ((name, number),) = out.manifest["extremes"]["early"].items()
+    kind = np.int64 if name == "patience" else np.float32
+    session.run(None, {"inputs": images[:1].numpy(), name: np.array(number, kind)})
+    events = json.loads(Path(session.end_profiling()).read_text())
+    ran = [event["name"] for event in events if event.get("cat") == "Node"]
+    assert any(one.startswith("stage_0/") for one in ran)
+    assert not [one for one in ran if one.startswith("stage_1/")]
+
+
+def test_nothing_runs_on_no_row(exported, images):
+    """A batch that leaves as a whole at the first exit."""
+    _, out = exported
+    early = out.manifest["extremes"]["early"]
+    answers = Runner(out.folder, "batched", thresholds=early)(images.numpy())
+    assert set(answers.exits.tolist()) == {0}
+    assert answers.scores.shape == (40, 5)
+
+
+def test_features_may_stay_in_the_run_times_own_arrays(exported, images, seen):
+    """The way of a GPU, on a CPU: values bound by ONNX Runtime instead of numpy's."""
+    policy, out = exported
+    one = Runner(out.folder, micro_batch=16, settings=ONE_THREAD)
+    one.cascade.stages.device = "cpu"
+    assert_decides_like(one(images.numpy()), sd.replay(seen, policy))
+    step = one.cascade.stages.run(0, {"inputs": images.numpy()})
+    assert not isinstance(step.values["features"], np.ndarray)
+
+
+def test_an_engine_decides_like_the_folder(exported, parting, images, seen):
+    policy, out = exported
+    engine = sd.Engine(parting, policy, backend="onnx", example_inputs=images, threads=1)
+    assert engine.micro_batch == 32
+    answers, expected = engine(images), Runner(out.folder, settings=ONE_THREAD)(images.numpy())
+    assert_decides_like(answers, sd.replay(seen, policy))
+    np.testing.assert_array_equal(answers.scores, expected.scores)
+    logits = Runner(out.folder, settings=ONE_THREAD).cascade.logits({"inputs": images.numpy()})
+    for exit, one in zip(engine.exits, logits, strict=True):
+        np.testing.assert_allclose(one, seen.logits[exit].numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_openvino_runs_the_same_files(exported, images, seen, threads):
+    pytest.importorskip("openvino")
+    from shallowdeep.inference.onnx.openvino import OpenVinoStages
+
+    policy, out = exported
+    files = [(out.folder / part["file"]).read_bytes() for part in out.manifest["stages"]]
+    stages = OpenVinoStages(files, out.manifest["exits"], out.manifest["thresholds"], threads=1)
+    cascade = Cascade(stages, out.manifest["costs"], micro_batch=7)
+    with ThreadPoolExecutor(threads) as pool:
+        for answers in pool.map(lambda _: cascade.answer({"inputs": images.numpy()}), range(2 * threads)):
+            assert_decides_like(answers, sd.replay(seen, policy))
+
+
+def test_threads_share_a_runner(exported, images, seen):
+    policy, out = exported
+    one = Runner(out.folder, settings=ONE_THREAD)
+    with ThreadPoolExecutor(3) as pool:
+        for answers in pool.map(lambda _: one(images.numpy()), range(6)):
+            assert_decides_like(answers, sd.replay(seen, policy))
+
+
+SHALLOW = sd.Confidence(0.5, exits=(0,))
+
+
+@pytest.fixture(scope="module")
+def pixels(small, tmp_path_factory):
+    """A folder that takes uint8 images."""
+    folder = tmp_path_factory.mktemp("pixels") / "out"
+    examples = torch.randint(0, 256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    scaled = (examples / 255 - torch.tensor(MEAN).view(-1, 1, 1)) / torch.tensor(STD).view(-1, 1, 1)
+    preprocessing = {"mean": MEAN, "std": STD}
+    return export(small, SHALLOW, folder, example_inputs=scaled, preprocessing=preprocessing, batched=False)
+
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
+
+
+def test_normalisation_may_lie_in_the_graph(pixels, small):
+    images = np.random.default_rng(1).integers(0, 256, (20, 3, 16, 16)).astype(np.uint8)
+    data = sd.ImageSet(torch.from_numpy(images), torch.zeros(20).long(), torch.arange(20), MEAN, STD, tuple("abcde"))
+    logits = sd.record(small, data).logits
+    found = Runner(pixels.folder).cascade.logits({"inputs": images})
+    for exit, one in zip((0, 3), found, strict=True):
+        np.testing.assert_allclose(one, logits[exit].numpy(), atol=1e-4)
+    assert pixels.manifest["inputs"][0]["dtype"] == "uint8"
+    assert pixels.manifest["preprocessing"] == {"mean": list(MEAN), "std": list(STD)}
+    with pytest.raises(runner.RunnerError, match="uint8"):
+        Runner(pixels.folder)(images.astype(np.float32))
+
+
+def test_what_was_not_asked_for_is_not_there(pixels):
+    assert not (pixels.folder / "batched.onnx").exists()
+    assert pixels.manifest["batched"] is None
+    with pytest.raises(runner.RunnerError, match="without a batched file"):
+        Runner(pixels.folder, "batched")
+
+
+def test_the_network_is_left_as_it_was(small, images, tmp_path):
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    small.train()
+    try:
+        export(small, SHALLOW, tmp_path / "out", example_inputs=images[:2], single=False, batched=False)
+        assert small.training
+    finally:
+        small.eval()
+    for name, value in small.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(weight.requires_grad for weight in small.parameters())
+
+
+def test_a_folder_that_answers_otherwise_is_an_error(small, images, tmp_path, monkeypatch):
+    def spoilt(*args, **options):
+        found = onnx_export.__dict__["_convert_for_test"](*args, **options)
+        weight = next(one for one in found.models[1].model.graph.initializer if len(one.dims) == 4)
+        values = 1.01 * onnx.numpy_helper.to_array(weight)
+        weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+        return found
+
+    monkeypatch.setattr(onnx_export, "_convert_for_test", onnx_export.convert, raising=False)
+    monkeypatch.setattr(onnx_export, "convert", spoilt)
+    with pytest.raises(NetworkError, match="differ from PyTorch's"):
+        export(small, SHALLOW, tmp_path / "out", example_inputs=images[:2])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_leaves_elsewhere_is_an_error(small, images, tmp_path, monkeypatch):
+    def spoilt(models, thresholds, *, batched):
+        return onnx_export.__dict__["_fold_for_test"](
+            [onnx_export.StageModel(3 - one.exit if batched else one.exit, one.model) for one in models],
+            thresholds,
+            batched=batched,
+        )
+
+    monkeypatch.setattr(onnx_export, "_fold_for_test", onnx_export.fold, raising=False)
+    monkeypatch.setattr(onnx_export, "fold", spoilt)
+    with pytest.raises(NetworkError, match=r"the exported batched lets row \d+ leave at exit"):
+        export(small, SHALLOW, tmp_path / "out", example_inputs=images[:2])
+    assert list(tmp_path.iterdir()) == []
+
+
+class Bessel(nn.Module):
+    def forward(self, x):
+        return torch.special.bessel_j0(x)
+
+
+def test_a_stage_without_an_onnx_form_is_named(tmp_path):
+    net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), Bessel(), nn.Linear(6, 3))
+    x = torch.randn(4, 6)
+    sdn = sd.attach(net, x, taps=["1"])
+    with pytest.raises(NetworkError, match=r"the stage up to the last exit has no ONNX form.*bessel"):
+        export(sdn, sd.Confidence(0.5), tmp_path / "out", example_inputs=x)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_arguments_are_named(small, images, tmp_path):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "a").write_text("mine")
+    some = {"example_inputs": images[:2]}
+    with pytest.raises(ConfigError, match="is there already"):
+        export(small, SHALLOW, full, **some)
+    with pytest.raises(UnknownName, match="fp16"):
+        export(small, SHALLOW, tmp_path / "out", precision="fp16", **some)
+    with pytest.raises(ConfigError, match="2 class names do not fit 5 outputs"):
+        export(small, SHALLOW, tmp_path / "out", class_names=["a", "b"], **some)
+    with pytest.raises(ConfigError, match="do not fit 3 channels"):
+        export(small, SHALLOW, tmp_path / "out", preprocessing={"mean": (0.5,), "std": (0.5,)}, **some)
+    with pytest.raises(ConfigError, match="has not"):
+        export(small, SHALLOW, tmp_path / "out", preprocessing={"mean": (0.5,)}, **some)
+    with pytest.raises(ConfigError, match="looks at exits"):
+        export(small, sd.Confidence(0.5, exits=(7,)), tmp_path / "out", **some)
+    assert (full / "a").read_text() == "mine"
+
+
+def test_an_opset_that_cannot_be_had_is_named(small, images, tmp_path):
+    with pytest.raises(NetworkError, match=r"the stage up to exit 0.*opset 5"):
+        export(small, SHALLOW, tmp_path / "out", example_inputs=images[:2], opset=5)
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "message"),
+    [
+        ("openvino", {"device": "NPU9"}, "OpenVINO has no device 'NPU9' here, only CPU"),
+        ("onnx", {"providers": ["NoSuchProvider"]}, "no provider NoSuchProvider. This onnxruntime has"),
+        ("onnx", {"speed": 3}, "does not know speed"),
+        ("openvino", {"calibration": torch.zeros(2)}, "is for precision='int8'"),
+    ],
+)
+def test_an_engine_says_which_option_is_wrong(small, images, backend, options, message):
+    pytest.importorskip({"onnx": "onnxruntime", "openvino": "openvino"}[backend])
+    engine = sd.Engine(small, SHALLOW, backend=backend, **options)
+    with pytest.raises(ConfigError, match=message):
+        engine.prepare(images)
+
+
+def test_a_threshold_that_is_whole_by_chance_stays_a_real_number(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which would not let it be whole
+    assert as_typed(sd.Confidence(1)) == sd.Confidence(1.0)
+    assert isinstance(as_typed(sd.Confidence(1)).threshold, float)
+    assert isinstance(as_typed(sd.Patience(1)).patience, int)
+
+
+def test_a_foreign_session_beside_an_engine_keeps_its_own_threads(exported):
+    """Nothing global is changed: a session with threads of its own still opens."""
+    _, out = exported
+    OnnxStages([out.folder / part["file"] for part in out.manifest["stages"]], out.manifest["exits"])
+    options = onnxruntime.SessionOptions()
+    options.use_per_session_threads = True
+    onnxruntime.InferenceSession(out.folder / "stage_0.onnx", options, providers=["CPUExecutionProvider"])
+
+
+def of_transformers(kind):
+    transformers = pytest.importorskip("transformers")
+    if kind == "vit":
+        config = transformers.ViTConfig(
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=64,
+            image_size=32,
+            patch_size=8,
+            num_labels=10,
+        )
+        return transformers.ViTForImageClassification(config)
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 1, 1], layer_type="basic", num_labels=10
+    )
+    return transformers.ResNetForImageClassification(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vgg16", "resnet56", "wrn32_4", "mobilenet", "vit", "resnet"])
+def test_networks_export(name, tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = of_transformers(name) if name in ("vit", "resnet") else sd.load_network(name, num_classes=10)
+        x = torch.randn(4, 3, 32, 32)
+    sdn = sd.attach(net.eval(), x, shares=(0.5,))
+    out = export(sdn, sd.Confidence(0.5), tmp_path / "out", example_inputs=x)  # which checks its answers
+    assert len(out.parity.exits_used) == 2
+    answers = [Runner(out.folder, form, settings=ONE_THREAD)(x.numpy()) for form in FORMS]
+    for other in answers[1:]:
+        np.testing.assert_array_equal(other.exits, answers[0].exits)
+        np.testing.assert_allclose(other.scores, answers[0].scores, atol=1e-5)
