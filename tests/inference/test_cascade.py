@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shallowdeep.inference.runner import Cascade, Latency, Step, collect, settle
+from shallowdeep.inference.runner import MAX_WAIT, Cascade, Latency, Step, collect, settle
 
 COSTS = (0.25, 0.5, 1.0)
 
@@ -114,6 +114,57 @@ def test_survivors_wait_only_where_a_full_batch_is_faster():
     list(Cascade(together, COSTS, TABLES["flat"], 4).stream(batches, refill=True))
     assert alone.ran == [(0, 4), (1, 2), (2, 2)] * 2
     assert together.ran == [(0, 4), (0, 4), (1, 4), (2, 4)]
+
+
+def test_refilling_waits_without_a_micro_batch_too():
+    stages = Planned()
+    batches = [inputs([0, 0, 2, 2], start) for start in (0, 4)]
+    list(Cascade(stages, COSTS, TABLES["flat"]).stream(batches, refill=True))
+    assert stages.ran == [(0, 4), (0, 4), (1, 4), (2, 4)]
+
+
+def test_refilling_waits_for_nobody_without_a_table():
+    stages = Planned()
+    list(Cascade(stages, COSTS, micro_batch=4).stream([inputs([2, 0], start) for start in (0, 2)], refill=True))
+    assert stages.ran == [(0, 2), (1, 1), (2, 1)] * 2
+
+
+def test_no_sample_waits_for_more_than_some_batches():
+    read, answered = 0, {}
+
+    def batches():
+        nonlocal read
+        for number in range(40):
+            read = number
+            yield inputs([2 if number == 0 else 0], number)
+
+    for leaving in Cascade(Planned(), COSTS, TABLES["flat"], 64).stream(batches(), refill=True):
+        answered |= dict.fromkeys(leaving.ids.tolist(), read)
+    assert answered[0] <= 3 * MAX_WAIT
+    assert len(answered) == 40
+
+
+def test_who_waits_is_answered_before_an_error_goes_on():
+    def batches():
+        yield inputs([2, 0])
+        raise OSError("the camera is gone")
+
+    stream = Cascade(Planned(), COSTS, TABLES["flat"], 8).stream(batches(), refill=True)
+    assert sorted(next(stream).ids.tolist() + next(stream).ids.tolist()) == [0, 1]
+    with pytest.raises(OSError, match="the camera is gone"):
+        next(stream)
+
+
+def test_a_source_may_use_its_buffer_again_while_samples_wait():
+    buffer = inputs([0, 0])
+
+    def batches():
+        for number in range(4):
+            buffer["x"][:] = inputs([2, 0], 2 * number)["x"]
+            yield buffer
+
+    answers = collect(Cascade(Planned(), COSTS, TABLES["flat"], 8).stream(batches(), refill=True), Planned.exits, COSTS)
+    check(answers, [2, 0] * 4)
 
 
 def test_a_stream_hands_a_sample_out_before_it_reads_the_next_batch():

@@ -1,6 +1,8 @@
 """Engines against the replay of a Trace: the same decisions, whatever runs the network."""
 
+import copy
 import itertools
+import queue
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +13,7 @@ import torch
 from torch import nn
 
 import shallowdeep as sd
-from shallowdeep.errors import ConfigError, DataError, UnknownName
+from shallowdeep.errors import ConfigError, DataError, NetworkError, UnknownName
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 
 BACKENDS = ["eager", "stages"]
@@ -224,6 +226,23 @@ def test_an_abandoned_stream_ends_its_thread(small, images):
     assert not [thread for thread in threading.enumerate() if thread.daemon and "_handed_out" in thread.name]
 
 
+def test_a_stream_that_nothing_comes_from_can_be_left(small, images):
+    frames = queue.SimpleQueue()
+    frames.put(images)
+    stream = sd.Engine(small, sd.Confidence(0.6)).stream(iter(frames.get, None))
+    next(stream)
+    stream.close()  # the source would block for ever
+
+
+def test_while_a_stream_waits_others_may_run_the_network(small, images, trace):
+    engine = sd.Engine(small, sd.Confidence(0.6))
+    stream = engine.stream([images[:20], images[20:]])
+    next(stream)
+    with ThreadPoolExecutor(1) as pool:
+        assert_decides_like(pool.submit(engine, images).result(timeout=60), sd.replay(trace, engine.policy))
+    assert sum(len(part) for part in stream) > 0
+
+
 def test_an_error_while_streaming_reaches_whoever_reads(small, images):
     def batches():
         yield images
@@ -231,6 +250,62 @@ def test_an_error_while_streaming_reaches_whoever_reads(small, images):
 
     with pytest.raises(OSError, match="the camera is gone"):
         list(sd.Engine(small, sd.Confidence(0.6)).stream(batches()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_callers_autocast_changes_no_answer(small, images, trace, backend):
+    policy = sd.Confidence(0.55)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        answers = sd.Engine(small, policy, backend=backend)(images)
+    assert_decides_like(answers, sd.replay(trace, policy))
+
+
+@pytest.mark.parametrize("backend", ["stages"])
+def test_an_exported_engine_keeps_its_weights(small, images, backend):
+    changed = copy.deepcopy(small)
+    engine = sd.Engine(changed, sd.Confidence(0.6), backend=backend, example_inputs=images)
+    before = engine(images)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.mul_(2)
+    np.testing.assert_array_equal(engine(images).scores, before.scores)
+
+
+def test_a_thread_inside_taps_and_an_engine_do_not_wait_for_each_other(small, images):
+    """One lock for the network and its backbone."""
+    engine = sd.Engine(small, sd.Confidence(0.6), example_inputs=images)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def train():
+        with small.tapped():
+            inside.set()
+            go_on.wait(30)
+            return len(engine(images))
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(train)
+        inside.wait(30)
+        second = pool.submit(engine, images)
+        time.sleep(0.2)
+        go_on.set()
+        assert (first.result(timeout=60), len(second.result(timeout=60))) == (len(images), len(images))
+
+
+def test_a_tapped_module_that_does_not_run_is_an_error(small, images):
+    class Skipping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last, self.skip = nn.Linear(6, 6), nn.Linear(6, 3), False
+
+        def forward(self, x):
+            return self.last(x if self.skip else self.first(x))
+
+    net = Skipping()
+    engine = sd.Engine(sd.attach(net, torch.randn(2, 6), taps=["first"]), sd.Confidence(0.9))
+    assert len(engine(torch.randn(3, 6))) == 3
+    net.skip = True
+    with pytest.raises(NetworkError, match="1 of the 1 tapped modules did not run"):
+        engine(torch.randn(3, 6))
 
 
 # What it refuses
@@ -279,6 +354,8 @@ def test_options_are_checked_when_the_engine_is_made(small):
         sd.Engine(small, sd.Confidence(0.6), precision="int8")
     with pytest.raises(ConfigError, match="micro_batch=0"):
         sd.Engine(small, sd.Confidence(0.6), micro_batch=0)
+    with pytest.raises(ConfigError, match=r"these are torch.bfloat16 as well"):
+        sd.Engine(copy.deepcopy(small).bfloat16(), sd.Confidence(0.6))
     with pytest.raises(ConfigError, match=r"exits \[0, 9\]"):
         sd.Engine(small, sd.Confidence(0.6, exits=(0, 9)))
     with pytest.raises(ConfigError, match="does not know spin: it has no options"):

@@ -21,7 +21,7 @@ from shallowdeep.inference.backends import PRECISIONS, Order
 from shallowdeep.inference.runner import Cascade, Values
 from shallowdeep.inference.stages import Body, cut
 from shallowdeep.inference.torch_stages import TorchStages
-from shallowdeep.networks.calls import first_line
+from shallowdeep.networks.calls import first_line, without_autocast
 from shallowdeep.policies.rules import ExitPolicy
 from shallowdeep.progress import track
 from shallowdeep.storage import shown
@@ -30,6 +30,7 @@ MICRO_BATCH = {"cpu": 32}
 """Rows run at a time where nothing is asked, by kind of device; others take 256."""
 
 _compiling = threading.Lock()  # the compiler's settings are the process's
+_replaying = threading.Lock()  # and CUDA graphs share one pool of memory
 
 
 class CompiledStages(TorchStages):
@@ -61,7 +62,6 @@ class CompiledStages(TorchStages):
         self.sizes = sizes
         self._progress = progress
         self._compiled: dict[tuple[int, int], Callable[..., Any]] = {}
-        self._replaying = threading.Lock()
 
     def call(self, stage: int, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         """Run a stage's compiled form.
@@ -73,7 +73,7 @@ class CompiledStages(TorchStages):
         compiled = self._compiled.get((stage, len(inputs[0]))) or self._compile(stage, inputs)
         if self.device.type == "cpu":
             return tuple(compiled(*inputs))
-        with self._replaying:  # the next replay writes over what this one gives
+        with _replaying:  # the next replay writes over what this one gives
             torch.compiler.cudagraph_mark_step_begin()
             return tuple(output.clone() for output in compiled(*inputs))
 
@@ -101,7 +101,7 @@ def _compiled(module: nn.Module, inputs: list[Any], name: str) -> Callable[..., 
 
             # As an option of the call, freezing has no effect.
             patches = {"freezing": on_cpu, "triton.cudagraphs": not on_cpu}
-            with torch.inference_mode(), settings.patch(patches):
+            with torch.inference_mode(), without_autocast(), settings.patch(patches):
                 compiled: Any = torch._inductor.compile(make_fx(module)(*inputs), inputs)
                 return compiled
     except torch.OutOfMemoryError:

@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shallowdeep.errors import ConfigError
+from shallowdeep.errors import ConfigError, NetworkError
 from shallowdeep.inference.backends import Order
 from shallowdeep.inference.runner import Answers, Latency, Leaving, Values, collect, live_rows, pays, settle
 from shallowdeep.inference.stages import as_inputs
@@ -66,38 +66,45 @@ class Eager:
     def answer(self, inputs: Values, *, plan: np.ndarray | None = None) -> Answers:
         """Answer a batch of any size; see ``Cascade.answer``."""
         found: list[Leaving] = []
-        self._run([inputs], found.append, plan)
+        self._run(inputs, found.append, plan)
         return collect(found, self.exits, self.costs)
 
     def stream(
         self, batches: Iterable[Values], *, refill: bool = False, plan: np.ndarray | None = None
     ) -> Iterator[Leaving]:
-        """Hand samples out when they leave, while the network goes on with the others in a thread of its own.
+        """Hand samples out when they leave, while the network goes on with their batch in a thread of its own.
 
         Raises:
             ConfigError: samples are to wait for each other.
         """
         if refill:
             raise ConfigError("backend='eager' runs a batch in one call of the network; refill takes stages.")
-        return _handed_out(lambda hand_out: self._run(batches, hand_out, plan))
+        start = 0
+        for values in batches:
+            yield from _handed_out(partial(self._run, values, plan=plan, start=start))
+            start += _num_rows(values)
 
     def anytime(self, inputs: Values) -> Iterator[Leaving]:
         """What would be answered at each exit, for everyone still in the network there, exit by exit."""
-        whole = Eager(self.sdn, self.policy, self.like, self.costs, self.latency)
-        return _handed_out(lambda hand_out: whole._run([inputs], hand_out, None, all_live=True))
+        whole = replace(self, micro_batch=None)
+        return _handed_out(partial(whole._run, inputs, plan=None, all_live=True))
 
     def logits(self, inputs: Values) -> list[Tensor]:
         """Logits ``(n, outputs)`` at each exit, nobody leaving."""
-        with torch.inference_mode(), in_eval_mode(self.sdn), exact_float32():
-            found = self.sdn(as_inputs(self._cast(inputs), self.like))
-        return [found[exit].float().cpu() for exit in self.exits]
+        found: list[list[Tensor]] = [[] for _ in self.exits]
+        with torch.no_grad(), in_eval_mode(self.sdn), exact_float32():
+            for _, part in self._split(inputs):
+                logits = self.sdn(as_inputs(self._cast(part), self.like))
+                for store, exit in zip(found, self.exits, strict=True):
+                    store.append(logits[exit].float().cpu())
+        return [torch.cat(store) for store in found]
 
     def measure(self, inputs: Values, sizes: Iterable[int], *, repeats: int) -> Latency:
         """Time the network from exit to exit; see ``Cascade.measure``."""
         sizes = sorted(sizes)
-        rows = len(next(iter(inputs.values())))
+        rows = _num_rows(inputs)
         takes, runs = np.zeros((2, repeats + 1, len(self.exits), len(sizes)))
-        with torch.inference_mode(), in_eval_mode(self.sdn), exact_float32():
+        with torch.no_grad(), in_eval_mode(self.sdn), exact_float32():
             for repeat in range(repeats + 1):
                 for place, size in enumerate(sizes):
                     watch = _Watch(self, size)
@@ -113,21 +120,29 @@ class Eager:
 
     def _run(
         self,
-        batches: Iterable[Values],
+        inputs: Values,
         hand_out: Callable[[Leaving], None],
         plan: np.ndarray | None,
         *,
+        start: int = 0,
         all_live: bool = False,
     ) -> None:
-        start = 0
-        with torch.inference_mode(), in_eval_mode(self.sdn), exact_float32():
-            for values in batches:
-                rows = len(next(iter(values.values())))
-                for first in range(start, start + rows, self.micro_batch or rows):
-                    ids = np.arange(first, min(first + (self.micro_batch or rows), start + rows))
-                    part = {name: value[ids[0] - start : ids[-1] + 1 - start] for name, value in values.items()}
-                    _Forward(self, ids, hand_out, plan, all_live).run(as_inputs(self._cast(part), self.like))
-                start += rows
+        # No inference mode: what a network of somebody else's keeps of a first forward shall serve in training too.
+        with torch.no_grad(), in_eval_mode(self.sdn), exact_float32():
+            for first, part in self._split(inputs):
+                ids = start + first + np.arange(_num_rows(part))
+                _Forward(self, ids, hand_out, plan, all_live).run(as_inputs(self._cast(part), self.like))
+
+    def _split(self, inputs: Values) -> Iterator[tuple[int, Values]]:
+        """Parts of at most ``micro_batch`` rows, each with the number of its first row."""
+        rows = _num_rows(inputs)
+        for first in range(0, rows, self.micro_batch or rows):
+            part = slice(first, first + (self.micro_batch or rows))
+            yield first, {name: value[part] for name, value in inputs.items()}
+
+
+def _num_rows(values: Values) -> int:
+    return len(next(iter(values.values())))
 
 
 class _Forward:
@@ -143,6 +158,7 @@ class _Forward:
     ):
         self.eager, self.ids, self.hand_out, self.plan, self.all_live = eager, ids, hand_out, plan, all_live
         self.state: State | None = None
+        self.looked = 0
 
     def run(self, inputs: Any) -> None:
         eager, sdn = self.eager, self.eager.sdn
@@ -152,12 +168,18 @@ class _Forward:
         try:
             with letting_leave(sdn.backbone, looks, row_inputs):
                 logits = sdn.run_backbone(inputs)
+            if self.looked < len(internal):
+                raise NetworkError(
+                    f"{len(internal) - self.looked} of the {len(internal)} tapped modules did not run in this forward: "
+                    "the network skips them for these inputs, or it was compiled after the exits were attached."
+                )
             self.settle(logits, eager.exits[-1])
         except _Finished:
             pass
 
     def look(self, place: int, exit: int, features: Tensor) -> Tensor | None:
         """An exit's answer to what it sees: the rows that go on, ``None`` for all."""
+        self.looked += 1
         self.settle(self.eager.sdn.exits[exit](features), exit)
         live = live_rows(self.ids)
         if len(live) == 0:
@@ -194,7 +216,11 @@ class _Watch(_Forward):
         super().__init__(eager, np.arange(size), lambda leaving: None, last, False)
         self.run_ms: list[float] = []
         self.take_ms: list[float] = [0.0]
+        self.begin = 0.0
+
+    def run(self, inputs: Any) -> None:
         self.begin = time.perf_counter()
+        super().run(inputs)
 
     def look(self, place: int, exit: int, features: Tensor) -> Tensor | None:
         super().look(place, exit, features)

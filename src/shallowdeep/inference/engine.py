@@ -20,7 +20,7 @@ from shallowdeep.inference.backends import BACKENDS, PRECISIONS, Driver, Order
 from shallowdeep.inference.runner import Answers, Latency, Values, collect
 from shallowdeep.inference.stages import as_values
 from shallowdeep.inference.tuning import CANDIDATES, Tuning, make_task, tune
-from shallowdeep.networks.calls import call_on_example, evaluating
+from shallowdeep.networks.calls import call_on_example, evaluating, taking_turns
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.policies.rules import ExitPolicy, exits_of
 from shallowdeep.traces.record import describe, record_with
@@ -68,6 +68,12 @@ class Engine:
         if precision not in BACKENDS[backend].precisions:
             have = ", ".join(BACKENDS[backend].precisions)
             raise ConfigError(f"backend={backend!r} runs in {have}, not in {precision!r}.")
+        others = {p.dtype for p in sdn.parameters() if p.is_floating_point()} - {torch.float32}
+        if others:
+            raise ConfigError(
+                f"an engine starts from float32 weights, these are {', '.join(map(str, others))} as well. "
+                "Convert the network (sdn.float()), and choose a precision here."
+            )
         if micro_batch is not None and micro_batch < 1:
             raise ConfigError(f"a micro-batch has at least one row, got micro_batch={micro_batch}.")
         self.backend = backend
@@ -115,11 +121,10 @@ class Engine:
         """
         if self._driver is not None:
             return self
-        with self._guard:
+        self._learn(example_inputs)
+        with taking_turns(self.sdn), self._guard:  # in the order in which a thread that runs the network has them
             if self._driver is None:
-                order = replace(self._order, example_inputs=example_inputs)
-                _check_example(self.sdn, example_inputs)
-                self._driver, self._order = BACKENDS[self.backend].build(order), order
+                self._driver = BACKENDS[self.backend].build(self._order)
         return self
 
     def __call__(self, inputs: Any) -> Answers:
@@ -157,8 +162,8 @@ class Engine:
         first = next(batches, None)
         if first is None:
             return
-        driver, values = self.ready(first)
-        on_tensors = BACKENDS[self.backend].on_tensors
+        driver, on_tensors = self._built(first)
+        values = self._values(first, on_tensors)
         rest = (self._values(inputs, on_tensors) for inputs in batches)
         for leaving in driver.stream(chain([values], rest), refill=refill):
             yield collect([leaving], driver.exits, driver.costs)
@@ -201,13 +206,14 @@ class Engine:
 
         Args:
             inputs: at least one sample; rows repeat where there are fewer than a batch needs.
-            sizes: of batches.
+            sizes: of batches; 1 is always among them.
             repeats: the median counts.
         """
         driver, values = self.ready(inputs)
-        latency = driver.measure(values, sorted(set(sizes)), repeats=repeats)
+        latency = driver.measure(values, sorted({1, *sizes}), repeats=repeats)
         with self._guard:
-            self._driver = replace(driver, latency=latency)  # type: ignore[type-var]
+            if self._driver is driver:  # and was not exchanged meanwhile
+                self._driver = replace(driver, latency=latency)  # type: ignore[type-var]
         return latency
 
     def tune(
@@ -241,7 +247,8 @@ class Engine:
             DataError: the inputs are none for this engine.
         """
         if inputs is not None:
-            self.ready(inputs)
+            self._learn(inputs)
+            self._values(inputs, on_tensors=True)
         elif self._order.example_inputs is None:
             raise ConfigError("nothing says what inputs look like: pass inputs=, or example_inputs= to the engine.")
         if backends is None:
@@ -267,11 +274,21 @@ class Engine:
         Raises:
             DataError: as for a call.
         """
+        driver, on_tensors = self._built(inputs)
+        return driver, self._values(inputs, on_tensors)
+
+    def _built(self, inputs: Any) -> tuple[Driver, bool]:
         self.prepare(inputs)
         with self._guard:  # tuning exchanges both
-            driver, on_tensors = self._driver, BACKENDS[self.backend].on_tensors
-        assert driver is not None
-        return driver, self._values(inputs, on_tensors)
+            assert self._driver is not None
+            return self._driver, BACKENDS[self.backend].on_tensors
+
+    def _learn(self, inputs: Any) -> None:
+        """Keep what inputs look like, where that is not known."""
+        with taking_turns(self.sdn), self._guard:
+            if self._order.example_inputs is None:
+                _check_example(self.sdn, inputs)
+                self._order = replace(self._order, example_inputs=inputs)
 
     def _values(self, inputs: Any, on_tensors: bool) -> Values:
         """A batch as the back end takes it, once it is known to be one."""

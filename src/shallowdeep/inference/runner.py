@@ -20,7 +20,7 @@ import os
 import sys
 import time
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -29,6 +29,8 @@ import numpy as np
 
 Values = dict[str, Any]
 """What goes from stage to stage: name to array, one row per sample, in arrays of the run time's own kind."""
+
+MAX_WAIT = 8  # batches after which a sample waits no longer for others
 
 DONE = -1  # the id of a row whose sample has its answer, or that only fills a batch up
 
@@ -133,7 +135,7 @@ class Latency:
     take_ms: tuple[tuple[float, ...], ...]
 
     def run(self, stage: int, rows: int) -> float:
-        """Milliseconds of a stage on some rows; between two sizes, and beyond them, a straight line."""
+        """Milliseconds of a stage on some rows: a straight line between two sizes and beyond the last."""
         return _along(rows, self.sizes, self.run_ms[stage])
 
     def take(self, stage: int, rows: int) -> float:
@@ -160,10 +162,14 @@ class _Group:
 
     ids: np.ndarray
     values: Values
+    batch: int = 0  # the number of the oldest batch they come from
 
     @property
     def live(self) -> np.ndarray:
         return live_rows(self.ids)
+
+
+_Waits = Callable[[int, list[_Group]], bool]
 
 
 @dataclass(frozen=True)
@@ -200,7 +206,13 @@ class Cascade:
         Returns:
             The answers, in the order of the inputs.
         """
-        return collect(self.stream([inputs], refill=True, plan=plan), self.stages.exits, self.costs)
+        waiting: list[list[_Group]] = [[] for _ in self.stages.exits]
+        found: list[Leaving] = []
+        for group in self._split([inputs]):
+            waiting[0].append(group)
+            found += self._drain(waiting, plan, lambda stage, groups: self._waits(stage, groups, self.micro_batch))
+        found += self._drain(waiting, plan)
+        return collect(found, self.stages.exits, self.costs)
 
     def stream(
         self, batches: Iterable[Values], *, refill: bool = False, plan: np.ndarray | None = None
@@ -210,14 +222,26 @@ class Cascade:
         Args:
             batches: of inputs.
             refill: let the survivors of several batches wait at a stage for each other, where running them
-                together pays.
+                together pays by the measured ``latency``; none waits for more than ``MAX_WAIT`` batches. When the next
+                batch cannot be read, those who wait are answered first.
             plan: as for ``answer``.
         """
         waiting: list[list[_Group]] = [[] for _ in self.stages.exits]
-        for group in self._split(batches):
-            waiting[0].append(group)
-            yield from self._drain(waiting, plan, flush=not refill)
-        yield from self._drain(waiting, plan, flush=True)
+        full, number = self.micro_batch, 0
+
+        def waits(stage: int, groups: list[_Group]) -> bool:
+            late = number - groups[0].batch >= MAX_WAIT
+            return self.latency is not None and not late and self._waits(stage, groups, full)
+
+        try:
+            for group in self._split(batches, own=refill):
+                full, number = full or len(group.ids), group.batch
+                waiting[0].append(group)
+                yield from self._drain(waiting, plan, waits if refill else None)
+        except Exception:
+            yield from self._drain(waiting, plan)
+            raise
+        yield from self._drain(waiting, plan)
 
     def logits(self, inputs: Values) -> list[np.ndarray]:
         """Logits ``(n, outputs)`` at each stage's exit, nobody leaving."""
@@ -271,16 +295,18 @@ class Cascade:
             if not groups:
                 return
 
-    def _split(self, batches: Iterable[Values]) -> Iterator[_Group]:
-        """Batches as groups of at most ``micro_batch`` rows, numbered on."""
+    def _split(self, batches: Iterable[Values], *, own: bool = False) -> Iterator[_Group]:
+        """Batches as groups of at most ``micro_batch`` rows, numbered on; ``own``: as copies, for rows that wait."""
         start = 0
-        for values in batches:
+        for number, values in enumerate(batches):
             rows = len(next(iter(values.values())))
+            values = self.stages.take(values, np.arange(rows)) if own else values
             ids = np.arange(start, start + rows)
             most = self._most(rows)
             for first in range(0, rows, most):
                 part = slice(first, first + most)
-                yield _Group(ids[part], values if rows <= most else {name: v[part] for name, v in values.items()})
+                some = values if rows <= most else {name: v[part] for name, v in values.items()}
+                yield _Group(ids[part], some, number)
             start += rows
 
     def _most(self, rows: int) -> int:
@@ -288,24 +314,31 @@ class Cascade:
         limits = [rows, self.micro_batch, self.stages.sizes[-1] if self.stages.sizes else None]
         return min(limit for limit in limits if limit)
 
-    def _drain(self, waiting: list[list[_Group]], plan: np.ndarray | None, *, flush: bool) -> Iterator[Leaving]:
+    def _drain(
+        self, waiting: list[list[_Group]], plan: np.ndarray | None, waits: _Waits | None = None
+    ) -> Iterator[Leaving]:
         # From shallow to deep: what comes out of one stage may make the next one's batch full.
         for stage, groups in enumerate(waiting):
-            while (group := self._due(stage, groups, flush)) is not None:
-                leaving, rest = self._advance(stage, group, plan)
+            while groups and not (waits is not None and waits(stage, groups)):
+                leaving, rest = self._advance(stage, self._picked(stage, groups), plan)
                 if len(leaving.ids):
                     yield leaving
                 if rest is not None:
                     waiting[stage + 1].append(rest)
 
-    def _due(self, stage: int, groups: list[_Group], flush: bool) -> _Group | None:
-        """Takes out of a stage's queue what shall be run now."""
-        if not groups:
-            return None
+    def _waits(self, stage: int, groups: list[_Group], full: int | None) -> bool:
+        """Whether some rows shall wait for a batch of ``full``: a row is cheaper there, by more than the noise."""
         rows = sum(len(group.live) for group in groups)
-        most = self._most(rows)
-        if rows < (self.micro_batch or rows) and not flush and self._waits(stage, rows):
-            return None
+        if full is None or rows >= full:
+            return False
+        if self.latency is None:
+            return True
+        alone = self.latency.run(stage, self._size(rows)) / rows
+        return alone > 1.05 * self.latency.run(stage, self._size(full)) / full
+
+    def _picked(self, stage: int, groups: list[_Group]) -> _Group:
+        """Takes out of a stage's queue what shall be run now: as many rows as may be run at a time."""
+        most = self._most(sum(len(group.live) for group in groups))
         if len(groups) == 1 and len(groups[0].live) <= most:
             return self._fitted(stage, groups.pop())
         picked, count = [], 0
@@ -314,19 +347,14 @@ class Cascade:
             live = group.live
             now, later = live[: most - count], live[most - count :]
             if len(later):
-                groups.insert(0, _Group(group.ids[later], self.stages.take(group.values, later)))
+                groups.insert(0, replace(group, ids=group.ids[later], values=self.stages.take(group.values, later)))
             whole = len(now) == len(group.ids)
-            picked.append(group if whole else _Group(group.ids[now], self.stages.take(group.values, now)))
+            picked.append(
+                group if whole else replace(group, ids=group.ids[now], values=self.stages.take(group.values, now))
+            )
             count += len(now)
-        joined = _Group(np.concatenate([g.ids for g in picked]), self.stages.join([g.values for g in picked]))
-        return self._fitted(stage, joined)
-
-    def _waits(self, stage: int, rows: int) -> bool:
-        """Whether a row is cheaper in a full batch than in one of ``rows``, by more than the noise."""
-        if self.latency is None or self.micro_batch is None:
-            return True
-        alone, full = self.latency.run(stage, rows) / rows, self.latency.run(stage, self.micro_batch) / self.micro_batch
-        return alone > 1.05 * full
+        values = self.stages.join([group.values for group in picked])
+        return self._fitted(stage, _Group(np.concatenate([group.ids for group in picked]), values, picked[0].batch))
 
     def _fitted(self, stage: int, group: _Group) -> _Group:
         """A group in a batch that the stage can be run at, without its finished rows where dropping them pays."""
@@ -338,7 +366,7 @@ class Cascade:
             return group
         rows = np.concatenate([live, np.full(size - len(live), live[0])])
         ids = np.concatenate([group.ids[live], np.full(size - len(live), DONE)])
-        return _Group(ids, self.stages.take(group.values, rows))
+        return _Group(ids, self.stages.take(group.values, rows), group.batch)
 
     def _size(self, rows: int) -> int:
         if not self.stages.sizes:
@@ -351,7 +379,7 @@ class Cascade:
         stop, scores = self.stages.fetch(step)
         exit = self.stages.exits[stage]
         leaving, ids = settle(group.ids, stop, scores, exit, last=stage == len(self.stages.exits) - 1, plan=plan)
-        return leaving, _Group(ids, step.values) if (ids != DONE).any() else None
+        return leaving, _Group(ids, step.values, group.batch) if (ids != DONE).any() else None
 
 
 def settle(

@@ -20,8 +20,9 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from shallowdeep.data.pytrees import map_tensors
 from shallowdeep.errors import NetworkError
-from shallowdeep.networks.calls import distinct_rows, evaluating, first_line, plain_inputs
+from shallowdeep.networks.calls import distinct_rows, evaluating, first_line, plain_inputs, without_autocast
 from shallowdeep.networks.costs import flop_counter
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.networks.taps import replaced, tapped
@@ -77,8 +78,7 @@ class Stage(nn.Module):
     ):
         super().__init__()
         state = [f"state_{place}" for place in range(len(policy.start(1, num_outputs)))]
-        # A copy where it is converted: its weights may be the network's own.
-        self.body = body.graph if dtype == torch.float32 else copy.deepcopy(body.graph).to(dtype)
+        self.body = copy.deepcopy(body.graph).to(dtype)  # a body's weights may be the network's own
         self.exit, self.is_first, self.is_last = body.exit, is_first, body.is_last
         self.inputs = (*body.inputs, *([] if is_first else state))
         self.outputs = () if self.is_last else (FEATURES, *state)
@@ -120,6 +120,8 @@ def as_values(inputs: Any) -> dict[str, Tensor]:
     if isinstance(inputs, Tensor):
         return {"inputs": inputs}
     inputs = plain_inputs(inputs)
+    if isinstance(inputs, Mapping):  # a keyword that is None is as good as not given
+        inputs = {name: value for name, value in inputs.items() if value is not None}
     pairs = inputs.items() if isinstance(inputs, Mapping) else ((f"input_{i}", t) for i, t in enumerate(inputs))
     values = dict(pairs)
     wrong = [name for name, value in values.items() if not isinstance(value, Tensor)]
@@ -153,9 +155,13 @@ def cut(
         NetworkError: ``torch.export`` does not take the network, or a stage would repeat work of an earlier one.
     """
     exits = list(range(sdn.num_exits)) if exits is None else list(exits)
-    inputs = distinct_rows(example_inputs, EXPORT_ROWS)
+    device = next(sdn.parameters()).device
+    inputs = map_tensors(lambda t: t.to(device), distinct_rows(example_inputs, EXPORT_ROWS))
+    taken = [name for name in as_values(inputs) if name == FEATURES or name.startswith("state_")]
+    if taken:
+        raise NetworkError(f"stages have inputs of their own named {', '.join(taken)}. Use backend='eager'.")
     bodies = []
-    with evaluating(sdn):
+    with evaluating(sdn), without_autocast():
         features: Tensor | None = None
         for place, exit in enumerate(exits):
             values = as_values(inputs)

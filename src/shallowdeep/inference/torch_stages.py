@@ -89,7 +89,7 @@ class PlainStage:
         """Run the whole backbone."""
         dtype = next(self._sdn.parameters()).dtype
         values = {name: value.to(dtype) if value.is_floating_point() else value for name, value in values.items()}
-        with torch.inference_mode(), in_eval_mode(self._sdn), exact_float32():
+        with torch.no_grad(), in_eval_mode(self._sdn), exact_float32():
             logits = self._sdn.run_backbone(as_inputs(values, self._like)).float()
         return Step({}, torch.ones(len(logits), dtype=torch.bool, device=logits.device), logits.softmax(-1), logits)
 

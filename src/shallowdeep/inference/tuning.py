@@ -166,10 +166,11 @@ class Task:
     def micro_batches(self, driver: Driver) -> list[int]:
         """The numbers of rows at a time that are worth trying with a driver."""
         if self.order.micro_batch is not None:
-            return [min(driver.micro_batch or self.batch_size, self.batch_size)]
+            return [driver.micro_batch or self.order.micro_batch]
         sizes = getattr(getattr(driver, "stages", None), "sizes", None)
-        most = min(self.batch_size, sizes[-1]) if sizes else self.batch_size
-        return sorted({min(MICRO_BATCH, most), most})
+        # Never fewer than MICRO_BATCH, however small the batches timed here: larger ones may come.
+        tried = {MICRO_BATCH, max(MICRO_BATCH, self.batch_size)}
+        return sorted({min(rows, sizes[-1]) if sizes else rows for rows in tried})
 
     def key(self) -> str:
         """Changes with anything that the choice depends on."""
@@ -337,7 +338,7 @@ def _lanes(task: Task, backend: str) -> list[_Lane]:
     sizes = task.micro_batches(driver)
     if backend == "plain":
         return [_Lane(backend, _set(driver, None, size), rows, None, False) for size in sizes]
-    table = driver.measure(rows, _sizes(driver, max(sizes)), repeats=task.repeats)
+    table = driver.measure(rows, _sizes(driver, min(max(sizes), task.batch_size)), repeats=task.repeats)
     lanes = [
         _Lane(backend, _set(driver, latency, size), rows, task.plan, True)
         for size in sizes
@@ -353,7 +354,8 @@ def _sizes(driver: Driver, most: int) -> list[int]:
     """Sizes of batches to measure: those it is built for, so that none is left to be compiled; else powers of two."""
     built_for = getattr(getattr(driver, "stages", None), "sizes", None)
     if built_for:
-        return [size for size in built_for if size <= most] or [built_for[0]]
+        within = [size for size in built_for if size < most]
+        return [*within, *built_for[len(within) : len(within) + 1]]  # and the one that a batch is filled up to
     return sorted({min(2**power, most) for power in range(most.bit_length() + 1)})
 
 

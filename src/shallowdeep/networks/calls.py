@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -196,7 +196,7 @@ _exact_before: list[Callable[[], None]] = []
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Float32 is float32 inside, neither TF32 nor bf16, whatever the caller allows.
+    """Float32 is float32 inside, neither TF32 nor bf16 nor autocast, whatever the caller allows.
 
     The switches are the process's: the first thread inside sets them, the last one puts them back.
     """
@@ -206,12 +206,23 @@ def exact_float32() -> Iterator[None]:
             _exact_before.extend(_set_exact())
         _exact_inside += 1
     try:
-        yield
+        with without_autocast():
+            yield
     finally:
         with _exact_guard:
             _exact_inside -= 1
             while _exact_inside == 0 and _exact_before:
                 _exact_before.pop()()
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """No operation changes its precision inside, whatever the caller's autocast says; this thread's alone."""
+    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    with ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def _set_exact() -> list[Callable[[], None]]:
@@ -240,7 +251,12 @@ _turns_guard = threading.Lock()
 
 @contextmanager
 def taking_turns(net: nn.Module) -> Iterator[None]:
-    """Threads that change the same network take turns; a thread already inside goes on."""
+    """Threads that change the same network take turns; a thread already inside goes on.
+
+    A network with exits has its backbone's lock: who runs one of them also keeps the others off.
+    """
+    while isinstance(inner := getattr(net, "backbone", None), nn.Module):
+        net = inner
     with _turns_guard:
         lock = _turns.setdefault(net, threading.RLock())
     with lock:

@@ -123,29 +123,26 @@ def letting_leave(
             of the rows that go on, shape ``(kept,)``; ``None``: all of them.
         row_inputs: as for ``take_rows``, of all these submodules together.
     """
-    all_rows = 0
-    kept: Tensor | None = None  # of the rows that came in, those still there
+    drops: list[tuple[int, Tensor]] = []  # each: of how many rows, which went on
 
     def looking(look: Callable[[Tensor], Tensor | None]) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            nonlocal all_rows, kept
             features = _batched(first_tensor(output))
-            all_rows = all_rows or len(features)
             rows = look(features)
             if rows is None:
                 return None
-            kept = rows if kept is None else kept[rows]
+            drops.append((len(features), rows))
             return pytree.tree_map_only(Tensor, lambda t: t[rows] if t.ndim and len(t) == len(features) else t, output)
 
         return hook
 
+    def dropped(chosen: set[int], place: int, t: Tensor) -> Tensor:
+        for num_rows, rows in drops if place in chosen and t.ndim else []:
+            t = t[rows] if len(t) == num_rows else t  # it may have met the first drops already
+        return t
+
     def drop(chosen: set[int], module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if kept is None:
-            return None
-        rows = kept
-        return _map_inputs(
-            args, kwargs, lambda place, t: t[rows] if place in chosen and t.ndim and len(t) == all_rows else t
-        )
+        return _map_inputs(args, kwargs, partial(dropped, chosen)) if drops else None
 
     with taking_turns(net), ExitStack() as stack:
         stack.enter_context(_hooked((submodule(net, name), looking(look)) for name, look in looks.items()))

@@ -65,7 +65,7 @@ def record(
         )
     device = _device(sdn)
     info = describe(sdn, samples, split, strategy)
-    with evaluating(sdn), exact_float32(), torch.autocast(device.type, enabled=False), sdn.tapped():
+    with evaluating(sdn), exact_float32(), sdn.tapped():
         return record_with(
             lambda inputs: _forward(sdn, inputs, device),
             samples,
