@@ -14,9 +14,26 @@ from torch import nn
 
 import shallowdeep as sd
 from shallowdeep.errors import ConfigError, DataError, NetworkError, UnknownName
+from shallowdeep.inference import torch_stages
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 
 BACKENDS = ["eager", "stages"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cutting_once():
+    """Engines share no stage's weights, so that one export of a network serves all policies here."""
+    original, kept = torch_stages.cut, {}
+
+    def cut(sdn, example_inputs, *, exits):
+        key = (sdn, tuple(exits))
+        if key not in kept:
+            kept[key] = original(sdn, example_inputs, exits=exits)
+        return kept[key]
+
+    torch_stages.cut = cut
+    yield
+    torch_stages.cut = original
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +273,7 @@ def test_an_error_while_streaming_reaches_whoever_reads(small, images):
 def test_the_callers_autocast_changes_no_answer(small, images, trace, backend):
     policy = sd.Confidence(0.55)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        answers = sd.Engine(small, policy, backend=backend)(images)
+        answers = sd.Engine(copy.deepcopy(small), policy, backend=backend)(images)
     assert_decides_like(answers, sd.replay(trace, policy))
 
 

@@ -379,7 +379,15 @@ def of_transformers(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vgg16", "resnet56", "wrn32_4", "mobilenet", "vit", "resnet"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vgg16",
+        "vit",
+        "resnet",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("resnet56", "wrn32_4", "mobilenet")),
+    ],
+)
 def test_networks_export(name, tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(0)
