@@ -97,7 +97,7 @@ def test_a_report_is_json(report):
     assert kept["policies"]["fp32"]["kind"] == "confidence"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_stages_are_timed_as_the_network_itself_is(monkeypatch, small, images, labels, threshold):
     """The smaller networks are exported too, and no weight of the network changes."""
     monkeypatch.undo()

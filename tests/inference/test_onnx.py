@@ -382,10 +382,9 @@ def of_transformers(kind):
 @pytest.mark.parametrize(
     "name",
     [
-        "vgg16",
         "vit",
         "resnet",
-        *(pytest.param(name, marks=pytest.mark.long) for name in ("resnet56", "wrn32_4", "mobilenet")),
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("vgg16", "resnet56", "wrn32_4", "mobilenet")),
     ],
 )
 def test_networks_export(name, tmp_path):

@@ -339,7 +339,7 @@ def test_the_table():
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_stages_are_tuned_at_the_sizes_they_are_built_for(sdn, images, takes):
     takes(lambda lane: 1 if lane.backend == "compiled" and lane.has_exits and lane.driver.latency else 2)
     engine = make(sdn, images)
