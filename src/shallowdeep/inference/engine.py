@@ -47,7 +47,8 @@ class Engine:
 
     Raises:
         UnknownName: there is no such back end or precision.
-        ConfigError: the back end has not got the precision, or the policy looks at exits that are not there.
+        ConfigError: the back end has not got the precision, the policy looks at exits that are not there, or the
+            network's weights are not float32.
     """
 
     def __init__(
