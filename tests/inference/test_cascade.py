@@ -107,6 +107,12 @@ def test_survivors_of_micro_batches_go_on_together():
     assert stages.ran == [(0, 4), (0, 4), (1, 4), (2, 4)] * 2
 
 
+def test_no_more_rows_meet_than_a_micro_batch():
+    stages = Planned(most=3)
+    check(Cascade(stages, COSTS, micro_batch=3).answer(inputs([3, 3, 0] * 4)), [3, 3, 0] * 4)
+    assert [rows for stage, rows in stages.ran if stage == 1] == [3, 3, 2]
+
+
 def test_survivors_wait_only_where_a_full_batch_is_faster():
     alone, together = Planned(), Planned()
     batches = [inputs([0, 0, 2, 2], start) for start in (0, 4)]
