@@ -1,3 +1,5 @@
+from operator import attrgetter
+
 import pytest
 
 from shallowdeep.config import config_keys, load_config
@@ -46,6 +48,9 @@ VALUES = {
     "data_options": ('{labels = "coarse"}', {"labels": "coarse"}),
     "device": ("cpu", "cpu"),
     "devices": ("2", 2),
+    "features.dtype": ("fp16", "fp16"),
+    "features.folder": ("kept", "kept"),
+    "features.passes": ("4", 4),
     "image_size": ("64", 64),
     "init": ("runs/plain", "runs/plain"),
     "network": ("vgg16", "vgg16"),
@@ -80,8 +85,7 @@ VALUES = {
 def test_every_key_can_be_set_by_text(key):
     text, value = VALUES[key]
     config = load_config(changes={key: text})
-    place = config.recipe if key.startswith("recipe.") else config
-    assert getattr(place, key.removeprefix("recipe.")) == value
+    assert attrgetter(key)(config) == value
 
 
 @pytest.mark.parametrize("text", [b"seed = ", b"\xff\xfe", b"= 3"])

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from shallowdeep.runs import Run
     from shallowdeep.traces.record import record
     from shallowdeep.traces.trace import Trace, TraceInfo
+    from shallowdeep.training.features import FeatureReuse
     from shallowdeep.training.loop import fit
     from shallowdeep.training.objectives import Distil, Exits, Joint, Plain
     from shallowdeep.training.recipes import Recipe, named_recipe
@@ -74,6 +75,7 @@ _HOMES = {
     "runs": ["Run"],
     "traces.record": ["record"],
     "traces.trace": ["Trace", "TraceInfo"],
+    "training.features": ["FeatureReuse"],
     "training.loop": ["fit"],
     "training.objectives": ["Distil", "Exits", "Joint", "Plain"],
     "training.recipes": ["Recipe", "named_recipe"],
@@ -93,6 +95,7 @@ __all__ = [
     "ExitPolicy",
     "Exits",
     "Export",
+    "FeatureReuse",
     "FileStore",
     "ImageSet",
     "InternalClassifier",

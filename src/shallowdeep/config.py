@@ -16,6 +16,7 @@ from shallowdeep.errors import ConfigError
 from shallowdeep.networks.attach import SHARES
 from shallowdeep.networks.zoo import NetworkSpec
 from shallowdeep.storage import first_problem, parse_json, shown
+from shallowdeep.training.features import FeatureReuse
 from shallowdeep.training.recipes import Recipe, Trains, named_recipe
 
 
@@ -54,7 +55,7 @@ class RunConfig(BaseModel):
     data: str = "digits"
     data_dir: str | None = None
     data_options: dict[str, Any] = Field(default={}, description="more of load_data, e.g. labels = 'coarse'")
-    val_size: int | None = Field(default=None, gt=0)
+    val_size: int | None = Field(default=None, ge=0, description="0: none, train on all")
     network: str = "resnet20"
     network_options: dict[str, Any] = Field(default={}, description="more of load_network, e.g. pretrained = true")
     image_size: int | None = Field(
@@ -73,6 +74,7 @@ class RunConfig(BaseModel):
     devices: int | None = Field(default=None, gt=0, description="processes a machine; those of torchrun, else one")
     num_nodes: int = Field(default=1, gt=0, description="machines")
     validate_every: int = Field(default=1, ge=0)
+    features: FeatureReuse = FeatureReuse()
 
     @property
     def starts_trained(self) -> bool:
@@ -146,8 +148,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def config_keys() -> list[str]:
     """All keys of a RunConfig, dotted."""
-    nested = [f"recipe.{name}" for name in RecipeChoice.model_fields]
-    return sorted([name for name in RunConfig.model_fields if name != "recipe"] + nested)
+    groups: dict[str, type[BaseModel]] = {"recipe": RecipeChoice, "features": FeatureReuse}
+    nested = [f"{group}.{name}" for group, model in groups.items() for name in model.model_fields]
+    return sorted([name for name in RunConfig.model_fields if name not in groups] + nested)
 
 
 def explain(error: ValidationError) -> str:

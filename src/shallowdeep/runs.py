@@ -156,6 +156,7 @@ class Run:
                 folder=self.folder,
                 resume=resume,
                 validate_every=config.validate_every,
+                features=config.features,
                 progress=progress,
             )
         if is_first():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,17 @@ class MixedPool(nn.Module):
         average = F.avg_pool2d(features, self.kernel, self.stride)
         return self.mix * largest + (1 - self.mix) * average
 
+    def both(self, features: Float[Tensor, "n c h w"]) -> Float[Tensor, "n m c h2 w2"]:
+        """What is mixed: the maximum and the average map; one map where they are the same, in sides up to 4."""
+        if self.kernel == (1, 1):
+            return features.unsqueeze(1)
+        pools = (F.max_pool2d, F.avg_pool2d)
+        return torch.stack([pool(features, self.kernel, self.stride) for pool in pools], dim=1)
+
+    def mixed(self, both: Float[Tensor, "n m c h2 w2"]) -> Float[Tensor, "n c h2 w2"]:
+        """``forward`` from what ``both`` gave."""
+        return self.mix * both[:, 0] + (1 - self.mix) * both[:, -1] if self.pools else both[:, 0]
+
 
 def _window(side: int) -> tuple[int, int]:
     if side <= POOLED_SIDE:
@@ -81,6 +92,14 @@ class InternalClassifier(nn.Module):
             features = features.permute(0, 3, 1, 2)
         return self.linear(self.pool(features).flatten(1))
 
+    def reduced(self, features: Float[Tensor, "n c h w"]) -> Float[Tensor, "n m _ _ _"]:
+        """The maximum and average maps: all that the learned part sees of a feature map."""
+        return self.pool.both(features.permute(0, 3, 1, 2) if self.channels_last else features)
+
+    def from_reduced(self, reduced: Float[Tensor, "n m _ _ _"]) -> Float[Tensor, "n k"]:
+        """``forward`` from what ``reduced`` gave."""
+        return self.linear(self.pool.mixed(reduced).flatten(1))
+
 
 class TokenClassifier(nn.Module):
     """A head for token sequences: one token or the mean of all, normalised, then one linear layer.
@@ -105,8 +124,15 @@ class TokenClassifier(nn.Module):
 
     def forward(self, features: Float[Tensor, "n t d"]) -> Float[Tensor, "n k"]:
         """Logits of a token sequence."""
-        tokens = features[:, 0] if self.pool == "first" else features.mean(1)
-        return self.linear(self.norm(tokens))
+        return self.from_reduced(self.reduced(features))
+
+    def reduced(self, features: Float[Tensor, "n t d"]) -> Float[Tensor, "n d"]:
+        """The one token, or the mean of all, that the learned part sees."""
+        return features[:, 0] if self.pool == "first" else features.mean(1)
+
+    def from_reduced(self, reduced: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
+        """``forward`` from what ``reduced`` gave."""
+        return self.linear(self.norm(reduced))
 
 
 class VectorClassifier(nn.Module):
@@ -119,6 +145,22 @@ class VectorClassifier(nn.Module):
     def forward(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
         """Logits of a vector."""
         return self.linear(features)
+
+
+@runtime_checkable
+class ReducingHead(Protocol):
+    """A head whose learned part sees less than the features: ``forward(x)`` is ``from_reduced(reduced(x))``.
+
+    ``reduced`` has no weights. A frozen backbone's features can then be kept small; see ``FeatureReuse``.
+    """
+
+    def reduced(self, features: Any) -> Tensor:
+        """What the learned part sees, rows first."""
+        ...
+
+    def from_reduced(self, reduced: Tensor) -> Tensor:
+        """Logits ``(n, outputs)``."""
+        ...
 
 
 HEADS: dict[str, type[nn.Module]] = {

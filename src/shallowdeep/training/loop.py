@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,14 @@ from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.processes import is_first, make_fabric, shard
 from shallowdeep.progress import Bar, bar
 from shallowdeep.training.checkpoint import Checkpoint
+from shallowdeep.training.features import (
+    ExitsAlone,
+    FeatureReuse,
+    Recorder,
+    check_reuse,
+    drop_features,
+    features_folder,
+)
 from shallowdeep.training.prepared import frozen_for, laid_out_for, trained_by
 from shallowdeep.training.recipes import Recipe
 from shallowdeep.training.strategies import Phase, RecipeFor, Strategy, named_strategy, with_epochs
@@ -46,6 +54,7 @@ def fit(
     folder: str | Path | None = None,
     resume: bool = False,
     validate_every: int = 1,
+    features: FeatureReuse | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Train a Shallow-Deep Network, in place.
@@ -72,18 +81,22 @@ def fit(
         folder: for ``checkpoint.pt`` and ``history.jsonl`` after every epoch; ``None``: keep nothing.
         resume: go on from the folder's checkpoint, if there is one.
         validate_every: epochs between two looks at the validation split; 0: never.
+        features: for phases that train the exits of a frozen backbone: record what they see once, or a few times,
+            instead of running the backbone in every epoch.
         progress: draw a bar on the terminal.
 
     Returns:
         One record per epoch: ``phase`` (from 0), ``trains``, ``epoch`` (from 1), ``loss``, ``lr`` at its
         start, ``train_accuracy`` per exit, ``seconds`` of training, and, in epochs that look at the
         validation split, ``val_accuracy`` per exit. A phase that trains the backbone has one exit. Without
-        labels it is ``train_agreement`` and ``val_agreement``: with the last exit's answer.
+        labels it is ``train_agreement`` and ``val_agreement``: with the last exit's answer. Where features were
+        recorded first, an epoch's record has ``features_seconds``.
 
     Raises:
         TrainingDiverged: the loss or a weight is no longer a number; the last good checkpoint is kept.
         ConfigError: a batch is more than the training split or cannot be shared out among the processes, or a
-            phase has nothing to train.
+            phase has nothing to train; features are to be recorded where no phase freezes the backbone, or by
+            several processes.
         DataError: the strategy needs labels, and the data has none.
         NetworkError: the network has fewer outputs than the data has classes, or several label sets.
         FileFormatError: the checkpoint is damaged, or of another run.
@@ -95,10 +108,13 @@ def fit(
     )
     splits = _knowing_classes(as_splits(data), sdn.num_outputs)
     _check(sdn, splits, phases)
-    checkpoint = Checkpoint(None if folder is None else Path(folder), _identity(splits, seed, phases))
+    features = features or FeatureReuse()
+    check_reuse(features, phases)
+    checkpoint = Checkpoint(None if folder is None else Path(folder), _identity(splits, seed, phases, features))
     if is_first():
         checkpoint.sweep()
-    run = _Run(sdn, splits, seed, _Place(device, devices, num_nodes), checkpoint, validate_every, progress)
+    place = _Place(device, devices, num_nodes)
+    run = _Run(sdn, splits, seed, place, checkpoint, validate_every, features, progress)
     if resume:
         run.history = checkpoint.read_history()
     with torch.random.fork_rng():
@@ -136,13 +152,14 @@ def _check(sdn: ShallowDeepNetwork, data: Splits, phases: Strategy) -> None:
             )
 
 
-def _identity(data: Splits, seed: int, phases: Strategy) -> str:
+def _identity(data: Splits, seed: int, phases: Strategy, features: FeatureReuse) -> str:
     """What run this is, in words; an objective that is a bare function has its address in them."""
     try:
         size = str(len(data.train))
     except (TypeError, ConfigError):  # a stream may not know
         size = f"{data.train.num_batches(1)} batches"
-    return re.sub(r" at 0x[0-9a-f]+", "", f"{data.name} of {size}, seed {seed}, {phases}")
+    reused = f", {features.passes} recorded passes in {features.dtype}" if features.passes else ""
+    return re.sub(r" at 0x[0-9a-f]+", "", f"{data.name} of {size}, seed {seed}, {phases}{reused}")
 
 
 @dataclass(frozen=True)
@@ -164,6 +181,7 @@ class _Run:
     place: _Place
     checkpoint: Checkpoint
     validate_every: int
+    features: FeatureReuse
     progress: bool
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -171,25 +189,51 @@ class _Run:
         recipe = phase.recipe
         fabric = _fabric(phase, self.place)
         self.sdn.to(device=fabric.device)
-        with laid_out_for(self.sdn, recipe), frozen_for(self.sdn, phase):
+        with laid_out_for(self.sdn, recipe), frozen_for(self.sdn, phase), ExitStack() as keeping:
             optimizer = recipe.build_optimizer(trained_by(self.sdn, phase))
             first = self.checkpoint.load(self.sdn, optimizer, number) if resume else 0
-            stage = self._set_up(fabric, phase, optimizer)
+            if first >= recipe.epochs:
+                drop_features(self.checkpoint.folder)  # killed before it came to that
+                return
+            stage = keeping.enter_context(self._set_up(fabric, phase, optimizer, number))
             odd = _not_finite(self.sdn)  # a causal mask holds infinities
             total = recipe.epochs * stage.steps
-            done = min(first, recipe.epochs) * stage.steps
-            with bar(f"train {phase.trains}", total, done=done, shown=self.progress and is_first()) as line:
+            with bar(
+                f"train {phase.trains}", total, done=first * stage.steps, shown=self.progress and is_first()
+            ) as line:
                 for epoch in range(first, recipe.epochs):
-                    self.history.append({"phase": number, **self._epoch(stage, number, epoch, line, odd)})
+                    recording = {"features_seconds": stage.seconds} if stage.seconds and epoch == first else {}
+                    self.history.append({"phase": number, **self._epoch(stage, number, epoch, line, odd), **recording})
                     if is_first():
                         self.checkpoint.save(self.sdn, optimizer, number, epoch + 1, self.history)
                     fabric.barrier()  # nobody reads, or ends, before it is written
 
-    def _set_up(self, fabric: Fabric, phase: Phase, optimizer: torch.optim.Optimizer) -> _Stage:
-        network: nn.Module = LastExit(self.sdn) if phase.trains == "backbone" else self.sdn
-        model, wrapped = fabric.setup(network, optimizer)
+    @contextmanager
+    def _set_up(self, fabric: Fabric, phase: Phase, optimizer: torch.optim.Optimizer, number: int) -> Iterator[_Stage]:
         data = self.data.to(fabric.device)
-        return _Stage(self.sdn, phase, fabric, network, model, wrapped, data.train, data.val, data.augment)
+        if phase.trains != "exits" or not self.features.passes:
+            network = LastExit(self.sdn) if phase.trains == "backbone" else self.sdn
+            model, wrapped = fabric.setup(network, optimizer)
+            yield _Stage(self.sdn, phase, fabric, network, model, wrapped, (data.train,), data.val, data.augment)
+            return
+        started = time.perf_counter()
+        with features_folder(self.features, self.checkpoint.folder) as folder:
+            recorder = Recorder(
+                self.sdn,
+                self.features,
+                folder,
+                seed=_epoch_seed(self.seed, number, 0),
+                channels_last=phase.recipe.channels_last,
+                settings={"precision": _precision(phase.recipe, self.place.device)},
+                progress=self.progress,
+            )
+            self.sdn.eval()
+            with fabric.autocast():
+                found = recorder.record(data)
+            network, val = ExitsAlone(self.sdn), None if found.val is None else found.val.to(fabric.device)
+            model, wrapped = fabric.setup(network, optimizer)
+            seconds = time.perf_counter() - started
+            yield _Stage(self.sdn, phase, fabric, network, model, wrapped, found.passes, val, None, seconds)
 
     def _epoch(self, stage: _Stage, number: int, epoch: int, line: Bar, odd: list[str]) -> dict[str, Any]:
         started = time.perf_counter()
@@ -213,18 +257,23 @@ class _Stage:
     network: nn.Module
     model: Any
     optimizer: Any
-    train: Samples
+    passes: tuple[Samples, ...]  # epochs take turns among them
     val: Samples | None
     augment: Augmentation | None
+    seconds: float = 0.0  # that recording features took
 
     @property
     def steps(self) -> int:
         """Batches in an epoch."""
-        return self.train.num_batches(self.phase.recipe.batch_size, drop_last=True)
+        return self.passes[0].num_batches(self.phase.recipe.batch_size, drop_last=True)
+
+    def train(self, epoch: int) -> Samples:
+        """What an epoch learns from, on the device."""
+        return self.passes[epoch % len(self.passes)].to(self.fabric.device)
 
     def tapped(self) -> AbstractContextManager[None]:
-        """The hooks, kept on around a loop, where the phase runs internal exits."""
-        return nullcontext() if self.phase.trains == "backbone" else self.sdn.tapped()
+        """The hooks, kept on around a loop, where the phase runs internal exits behind the backbone."""
+        return self.sdn.tapped() if self.network is self.sdn else nullcontext()
 
 
 class LastExit(nn.Module):
@@ -245,7 +294,7 @@ def _train_epoch(stage: _Stage, epoch: int, seed: int, line: Bar) -> dict[str, A
     loss, shares = 0.0, []
     torch.manual_seed(seed)
     stage.model.train()
-    batches = stage.train.batches(
+    batches = stage.train(epoch).batches(
         recipe.batch_size,
         augment=stage.augment,
         seed=seed,

@@ -1,0 +1,252 @@
+import copy
+import shutil
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import nn
+
+from shallowdeep.data.samples import Augmentation
+from shallowdeep.data.tensors import TensorSet
+from shallowdeep.errors import ConfigError, FileFormatError
+from shallowdeep.networks.exits import InternalClassifier, ReducingHead, TokenClassifier, VectorClassifier
+from shallowdeep.networks.taps import run_until
+from shallowdeep.training.features import FeatureReuse
+from shallowdeep.training.loop import _epoch_seed, fit
+from shallowdeep.training.recipes import Recipe
+from shallowdeep.training.strategies import named_strategy
+
+RECIPE = Recipe(epochs=3, batch_size=64, optimizer="adamw", lr=3e-3, schedule="one_cycle", channels_last=True)
+ONCE = FeatureReuse(passes=1)
+
+
+@pytest.fixture(scope="session")
+def little(digits):
+    return replace(digits, train=digits.train.subset(range(290)), val=digits.val.subset(range(50)))
+
+
+@pytest.fixture(scope="session")
+def plainly(little):
+    return replace(little, augment=None)
+
+
+def trained(build, data, features=None, **options):
+    sdn = build()
+    history = fit(sdn, data, strategy="ic_only", recipe=RECIPE, features=features, progress=False, **options)
+    return {name: tensor.clone() for name, tensor in sdn.state_dict().items()}, history
+
+
+@dataclass
+class DiesAt:
+    """An objective that names itself as the one it stands for, up to the call that ends the run."""
+
+    inner: object
+    last: int
+    calls: int = 0
+
+    def __call__(self, logits, labels, progress):
+        self.calls += 1
+        if self.calls == self.last:
+            raise KeyboardInterrupt
+        return self.inner(logits, labels, progress)
+
+    def __repr__(self):
+        return repr(self.inner)
+
+
+def without_seconds(history):
+    return [{key: value for key, value in record.items() if "seconds" not in key} for record in history]
+
+
+def count_backbone(monkeypatch, sdn_class):
+    """Samples that went through a backbone."""
+    seen = []
+    run = sdn_class.run_backbone
+    monkeypatch.setattr(sdn_class, "run_backbone", lambda self, x: (seen.append(len(x)), run(self, x))[1])
+    return seen
+
+
+def test_recorded_features_train_the_same_exits_bit_for_bit(build, plainly):
+    online, history = trained(build, plainly)
+    reused, again = trained(build, plainly, ONCE)
+    assert all(torch.equal(online[name], reused[name]) for name in online)
+    assert without_seconds(history) == without_seconds(again)
+    assert "features_seconds" in again[0]
+    assert "features_seconds" not in again[1]
+
+
+def test_a_pass_sees_the_crops_that_its_epoch_would_have_seen(build, little, tmp_path):
+    assert little.augment == Augmentation(pad=4)
+    sdn = build()
+    fit(
+        sdn,
+        little,
+        strategy="ic_only",
+        recipe=RECIPE,
+        features=FeatureReuse(passes=2, folder=str(tmp_path)),
+        progress=False,
+    )
+    for epoch in range(2):
+        batches = little.train.batches(64, augment=little.augment, seed=_epoch_seed(0, 0, epoch))
+        with torch.no_grad():
+            expected = torch.cat(
+                [sdn.exits[0].reduced(run_until(sdn.backbone, "2", batch.inputs)) for batch in batches]
+            )
+        found = torch.from_file(str(tmp_path / f"train-{epoch}" / "exit0.bin"), size=expected.numel())
+        assert torch.allclose(found.view_as(expected), expected, atol=1e-5)
+
+
+def test_the_backbone_runs_once_a_pass(build, little, monkeypatch):
+    seen = count_backbone(monkeypatch, type(build()))
+    fit(build(), little, strategy="ic_only", recipe=RECIPE, features=FeatureReuse(passes=2), progress=False)
+    assert sum(seen) == 2 * len(little.train) + len(little.val)
+
+
+def test_epochs_take_turns_among_the_passes(build, little, monkeypatch):
+    used = []
+    batches = TensorSet.batches
+    monkeypatch.setattr(
+        TensorSet, "batches", lambda self, *a, **k: (used.append(self.inputs[0].data_ptr()), batches(self, *a, **k))[1]
+    )
+    trained(build, replace(little, val=None), FeatureReuse(passes=2), epochs=4)
+    assert used[0] != used[1]
+    assert used[:2] == used[2:]
+
+
+def test_distillation_learns_from_recorded_answers_without_labels(build, plainly):
+    batches = [batch.inputs for batch in plainly.train.batches(64)]
+    online, reused = build(), build()
+    before = copy.deepcopy(reused.backbone.state_dict())
+    fit(online, batches, strategy="distil", recipe=replace_batch(64), progress=False)
+    history = fit(reused, batches, strategy="distil", recipe=replace_batch(64), features=ONCE, progress=False)
+    assert history[-1]["train_agreement"][-1] == 1.0
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert all(torch.equal(before[name], tensor) for name, tensor in reused.backbone.state_dict().items())
+
+
+def replace_batch(size):
+    return Recipe(**{**RECIPE.model_dump(), "batch_size": size})
+
+
+def test_a_folder_is_shared_by_strategies_and_kept(build, little, tmp_path, monkeypatch):
+    reuse = FeatureReuse(passes=1, folder=str(tmp_path / "kept"))
+    trained(build, little, reuse)
+    seen = count_backbone(monkeypatch, type(build()))
+    fit(build(seed=0), little, strategy="distil", recipe=RECIPE, features=reuse, progress=False)
+    assert seen == []
+
+
+def test_the_runs_own_features_go_when_it_is_trained(build, little, tmp_path):
+    trained(build, little, ONCE, folder=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "history.jsonl"]
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_killed_while_exits_train_it_goes_on_from_what_was_recorded(build, little, tmp_path, monkeypatch, left):
+    whole, _ = trained(build, little, FeatureReuse(passes=2))
+    phases = named_strategy("ic_only", build(), RECIPE)
+    reuse = FeatureReuse(passes=2)
+
+    doomed = replace(phases[0], objective=DiesAt(phases[0].objective, 6))  # in the second epoch
+    with pytest.raises(KeyboardInterrupt):
+        fit(build(), little, strategy=(doomed,), features=reuse, folder=tmp_path, progress=False)
+    assert (tmp_path / "features" / "train-1" / "manifest.json").exists()
+    if not left:
+        shutil.rmtree(tmp_path / "features" / "train-1")  # as if killed while that was recorded
+    seen = count_backbone(monkeypatch, type(build()))
+    sdn = build()
+    fit(sdn, little, strategy=phases, features=reuse, folder=tmp_path, resume=True, progress=False)
+    assert sum(seen) == (0 if left else len(little.train))
+    assert all(torch.equal(whole[name], tensor) for name, tensor in sdn.state_dict().items())
+    assert not (tmp_path / "features").exists()
+
+
+def test_features_of_other_weights_or_data_are_refused(build, little, tmp_path):
+    reuse = FeatureReuse(passes=1, folder=str(tmp_path / "kept"))
+    trained(build, little, reuse)
+    with pytest.raises(ConfigError, match=r"another run .backbone differ"):
+        fit(build(seed=1), little, strategy="ic_only", recipe=RECIPE, features=reuse, progress=False)
+    less = replace(little, train=little.train.subset(range(200)))
+    with pytest.raises(ConfigError, match="samples"):
+        fit(build(), less, strategy="ic_only", recipe=RECIPE, features=reuse, progress=False)
+    with pytest.raises(ConfigError, match="augment, seed"):
+        fit(build(), replace(little, augment=None), strategy="ic_only", recipe=RECIPE, features=reuse, progress=False)
+
+
+@pytest.mark.parametrize("damage", ["short", "manifest", "missing"])
+def test_damaged_features_are_named(build, little, tmp_path, damage):
+    reuse = FeatureReuse(passes=1, folder=str(tmp_path))
+    trained(build, little, reuse)
+    if damage == "short":
+        path = tmp_path / "train-0" / "exit1.bin"
+        path.write_bytes(path.read_bytes()[:-4])
+    elif damage == "manifest":
+        (tmp_path / "train-0" / "manifest.json").write_text('{"key": {}, "rows": "many", "columns": {}}')
+    else:
+        (tmp_path / "train-0" / "labels.bin").unlink()
+    with pytest.raises(FileFormatError, match=r"train-0 is damaged.*Remove it"):
+        trained(build, little, reuse)
+
+
+def test_half_precision_takes_half_the_room(build, little, tmp_path):
+    sizes = {}
+    for dtype in ("fp32", "fp16"):
+        reuse = FeatureReuse(passes=1, folder=str(tmp_path / dtype), dtype=dtype)
+        state, _ = trained(build, little, reuse)
+        sizes[dtype] = (tmp_path / dtype / "train-0" / "exit0.bin").stat().st_size
+        assert all(tensor.isfinite().all() for tensor in state.values())
+    assert sizes["fp32"] == 2 * sizes["fp16"]
+
+
+def test_what_does_not_fit_in_half_precision_is_refused(build, little, tmp_path):
+    sdn = build()
+    with torch.no_grad():
+        sdn.backbone[1].weight.fill_(1e6)
+    reuse = FeatureReuse(passes=1, folder=str(tmp_path / "kept"), dtype="fp16")
+    with pytest.raises(ConfigError, match=r"exit0 are not finite in torch.float16.*fp32"):
+        fit(sdn, little, strategy="ic_only", recipe=RECIPE, features=reuse, progress=False)
+    assert not (tmp_path / "kept" / "train-0").exists()
+
+
+def test_a_moving_backbone_has_no_features_to_reuse(build, little):
+    with pytest.raises(ConfigError, match=r"features.passes=1 is for a frozen backbone, and this trains 'all'"):
+        fit(build(), little, strategy="joint", features=ONCE, progress=False)
+
+
+def test_several_processes_are_refused(build, little, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="one process"):
+        fit(build(), little, strategy="ic_only", features=ONCE, progress=False)
+
+
+def test_a_head_of_ones_own_sees_whole_features(digits, build, plainly):
+    def head(site, num_outputs):
+        return nn.Sequential(nn.Flatten(), nn.Linear(torch.Size(site.shape).numel(), num_outputs))
+
+    online, reused = (build(head=head) for _ in range(2))
+    reused.load_state_dict(online.state_dict())
+    for sdn, features in ((online, None), (reused, ONCE)):
+        fit(sdn, plainly, strategy="ic_only", recipe=RECIPE, features=features, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(online.exits.parameters(), reused.exits.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("head", "shape"),
+    [
+        (InternalClassifier((5, 8, 8), 3), (2, 5, 8, 8)),
+        (InternalClassifier((5, 7, 9), 3), (2, 5, 7, 9)),
+        (InternalClassifier((5, 4, 4), 3), (2, 5, 4, 4)),
+        (InternalClassifier((5, 2, 2), 3), (2, 5, 2, 2)),
+        (InternalClassifier((8, 8, 5), 3, channels_last=True), (2, 8, 8, 5)),
+        (TokenClassifier((6, 5), 3), (2, 6, 5)),
+        (TokenClassifier((6, 5), 3, pool="first"), (2, 6, 5)),
+        (VectorClassifier((5,), 3), (2, 5)),
+    ],
+)
+def test_every_head_answers_alike_from_what_it_reduces_to(head, shape):
+    features = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert isinstance(head, ReducingHead) == (not isinstance(head, VectorClassifier))
+    reduced = head.reduced(features) if isinstance(head, ReducingHead) else features
+    assert len(reduced) == len(features)
+    answer = head.from_reduced(reduced) if isinstance(head, ReducingHead) else head(reduced)
+    assert torch.equal(answer, head(features))
