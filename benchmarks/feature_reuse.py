@@ -3,7 +3,7 @@
 The exits of a trained run are trained anew, online and on each number of recorded passes, from the same initial
 weights::
 
-    python benchmarks/feature_reuse.py runs/plain --passes 1 2 4 8 --epochs 10 --threads 1
+    python benchmarks/feature_reuse.py runs/plain --passes 0 1 2 4 8 --epochs 10 --threads 1
 
 Prints JSON on standard output. Seconds are of the processor: on a machine that others use, the clock on the wall
 says little; with one thread they are the same on an idle one. Recording is timed apart from training: a folder of
@@ -49,7 +49,7 @@ def measure(sdn: ShallowDeepNetwork, data: Splits, options: dict[str, Any]) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run whose backbone is trained")
-    parser.add_argument("--passes", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--passes", type=int, nargs="+", default=[0, 1, 2, 4, 8], help="0: online")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--dtype", default="fp32")
@@ -61,7 +61,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
-            for passes in [0, *sorted(args.passes)]:
+            for passes in sorted(args.passes):
                 reuse = FeatureReuse(passes=passes, folder=f"{folder}/{seed}", dtype=args.dtype)
                 options = {"epochs": args.epochs, "seed": seed, "features": reuse, "device": "cpu"}
                 first = measure(build(run, data, seed), data, options)

@@ -6,7 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shallowdeep.analysis.budgets import measure_budgets
+    from shallowdeep.analysis.backdoor import measure_backdoor
+    from shallowdeep.analysis.budgets import cross_fit_budgets, measure_budgets
     from shallowdeep.analysis.confusion import confusion_scores, measure_confusion
     from shallowdeep.analysis.overthinking import measure_overthinking
     from shallowdeep.config import RunConfig, load_config
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from shallowdeep.data.sources import load_data
     from shallowdeep.data.streams import Stream
     from shallowdeep.data.tensors import TensorSet
+    from shallowdeep.data.triggers import Backdoor, Stamp, poison, stamp, triggered
     from shallowdeep.errors import ShallowDeepError
     from shallowdeep.inference.engine import Engine
     from shallowdeep.inference.onnx.export import Export, export
@@ -44,7 +46,8 @@ if TYPE_CHECKING:
     from shallowdeep.training.strategies import Phase, named_strategy
 
 _HOMES = {
-    "analysis.budgets": ["measure_budgets"],
+    "analysis.backdoor": ["measure_backdoor"],
+    "analysis.budgets": ["cross_fit_budgets", "measure_budgets"],
     "analysis.confusion": ["confusion_scores", "measure_confusion"],
     "analysis.overthinking": ["measure_overthinking"],
     "config": ["RunConfig", "load_config"],
@@ -57,6 +60,7 @@ _HOMES = {
     "data.sources": ["load_data"],
     "data.streams": ["Stream"],
     "data.tensors": ["TensorSet"],
+    "data.triggers": ["Backdoor", "Stamp", "poison", "stamp", "triggered"],
     "errors": ["ShallowDeepError"],
     "inference.engine": ["Engine"],
     "inference.onnx.export": ["Export", "export"],
@@ -86,6 +90,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "Answers",
     "Augmentation",
+    "Backdoor",
     "Confidence",
     "Costs",
     "Decisions",
@@ -115,6 +120,7 @@ __all__ = [
     "ShallowDeepNetwork",
     "Site",
     "Splits",
+    "Stamp",
     "Stream",
     "TensorSet",
     "TokenClassifier",
@@ -125,25 +131,30 @@ __all__ = [
     "attach",
     "calibrate",
     "confusion_scores",
+    "cross_fit_budgets",
     "example_inputs_for",
     "export",
     "fit",
     "load_config",
     "load_data",
     "load_network",
+    "measure_backdoor",
     "measure_budgets",
     "measure_confusion",
     "measure_overthinking",
     "named_recipe",
     "named_strategy",
     "oracle",
+    "poison",
     "policy_from_dict",
     "preprocessing_of",
     "probe",
     "record",
     "replay",
+    "stamp",
     "sweep",
     "sweep_confidence",
+    "triggered",
 ]
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from shallowdeep.data.triggers import Backdoor, Stamp
 from shallowdeep.errors import ConfigError
 from shallowdeep.networks.attach import SHARES
 from shallowdeep.networks.zoo import NetworkSpec
@@ -47,6 +48,27 @@ class RecipeChoice(BaseModel):
         return Recipe(**{**named_recipe(self.name, trains, network).model_dump(), **changes})
 
 
+class BackdoorChoice(BaseModel):
+    """An attack that a run studies: some training images get a stamp and the target's label; see ``Backdoor``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    target: int | str | None = Field(
+        default=None, description="class that stamped images are called; without one: none"
+    )
+    rate: float = Field(default=0.0, ge=0, lt=1, description="of all training images; 0: train on clean ones")
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    side: int = Field(default=5, gt=0, description="of the stamp, a white square, in pixels")
+    row: int = Field(default=26, ge=0)
+    column: int = Field(default=26, ge=0)
+
+    def build(self) -> Backdoor | None:
+        """The attack, if there is a target."""
+        if self.target is None:
+            return None
+        return Backdoor(self.target, self.rate, self.seed, Stamp(self.side, row=self.row, column=self.column))
+
+
 class RunConfig(BaseModel):
     """Everything that decides a run's numbers."""
 
@@ -56,6 +78,7 @@ class RunConfig(BaseModel):
     data_dir: str | None = None
     data_options: dict[str, Any] = Field(default={}, description="more of load_data, e.g. labels = 'coarse'")
     val_size: int | None = Field(default=None, ge=0, description="0: none, train on all")
+    backdoor: BackdoorChoice = BackdoorChoice()
     network: str = "resnet20"
     network_options: dict[str, Any] = Field(default={}, description="more of load_network, e.g. pretrained = true")
     image_size: int | None = Field(
@@ -75,6 +98,7 @@ class RunConfig(BaseModel):
     num_nodes: int = Field(default=1, gt=0, description="machines")
     validate_every: int = Field(default=1, ge=0)
     features: FeatureReuse = FeatureReuse()
+    compile: bool = Field(default=False, description="the training step's network, by PyTorch's compiler")
 
     @property
     def starts_trained(self) -> bool:
@@ -148,7 +172,11 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def config_keys() -> list[str]:
     """All keys of a RunConfig, dotted."""
-    groups: dict[str, type[BaseModel]] = {"recipe": RecipeChoice, "features": FeatureReuse}
+    groups: dict[str, type[BaseModel]] = {
+        "recipe": RecipeChoice,
+        "features": FeatureReuse,
+        "backdoor": BackdoorChoice,
+    }
     nested = [f"{group}.{name}" for group, model in groups.items() for name in model.model_fields]
     return sorted([name for name in RunConfig.model_fields if name not in groups] + nested)
 

@@ -21,10 +21,15 @@ from shallowdeep.processes import shard
 
 def describe_environment(data: Splits, device: str) -> dict[str, Any]:
     """Hardware, versions, data and command: what a figure's reader needs to know."""
+    fingerprints = {split: part.md5() for split in SPLITS if isinstance(part := getattr(data, split), IndexedSamples)}
+    return {**describe_machine(device), "data_md5": fingerprints}
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """Hardware, versions and command, for a figure that rests on no data."""
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "revision": _revision(),
-        "data_md5": {split: part.md5() for split in SPLITS if isinstance(part := getattr(data, split), IndexedSamples)},
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("shallowdeep", "torch", "numpy", "lightning-fabric")},

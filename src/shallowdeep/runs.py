@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,6 +19,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from shallowdeep.analysis.backdoor import measure_backdoor
 from shallowdeep.analysis.budgets import measure_budgets
 from shallowdeep.analysis.confusion import measure_confusion
 from shallowdeep.analysis.overthinking import measure_overthinking
@@ -25,6 +27,7 @@ from shallowdeep.config import RunConfig, explain
 from shallowdeep.data.samples import SPLITS, IndexedSamples, Splits
 from shallowdeep.data.sources import load_data
 from shallowdeep.data.text import TEXTS
+from shallowdeep.data.triggers import poison, triggered
 from shallowdeep.errors import ConfigError, FileFormatError, TraceError, UnknownName
 from shallowdeep.inference.onnx.export import Export, export
 from shallowdeep.networks.attach import attach
@@ -43,6 +46,7 @@ from shallowdeep.traces.trace import Trace
 from shallowdeep.training.loop import fit
 from shallowdeep.training.strategies import named_strategy
 
+RECORDED = (*SPLITS, "triggered")
 TRAIN_TRACE_SIZE = 10_000  # samples of the training split that are recorded, for confusion's mean and spread
 
 
@@ -157,6 +161,7 @@ class Run:
                 resume=resume,
                 validate_every=config.validate_every,
                 features=config.features,
+                compile=config.compile,
                 progress=progress,
             )
         if is_first():
@@ -166,9 +171,10 @@ class Run:
 
     def _data_for_training(self) -> Splits:
         data = self.load_data()
-        if not self.config.starts_trained or ":" not in self.config.network:
-            return data
-        return self.load_data(self.build_network(data))  # only the network knows how its images are prepared
+        if self.config.starts_trained and ":" in self.config.network:
+            data = self.load_data(self.build_network(data))  # only the network knows how its images are prepared
+        backdoor = self.config.backdoor.build()
+        return data if backdoor is None or not backdoor.rate else replace(data, train=poison(data.train, backdoor))
 
     @contextmanager
     def _begun(self, data: Splits) -> Iterator[None]:
@@ -215,7 +221,11 @@ class Run:
         return ShallowDeepNetwork.load(self.weights, trust_code=name if NetworkSpec(name).runs_code else False).eval()
 
     def record(self, splits: Iterable[str] | None = None, *, progress: bool = True) -> dict[str, Trace]:
-        """Record splits (``None``: all there are) into ``traces/``; of the training split, 10,000 samples at most."""
+        """Record splits (``None``: all there are) into ``traces/``.
+
+        Of the training split, 10,000 samples at most, clean ones. Where the run has a backdoor, ``"triggered"`` is the
+        test split with the stamp.
+        """
         config = self.config
         join(config.device, devices=config.devices, num_nodes=config.num_nodes)
         sdn = self.load()
@@ -225,8 +235,12 @@ class Run:
         if is_first():
             sweep(self.folder)
         traces = {}
-        for split in splits or [split for split in SPLITS if getattr(data, split) is not None]:
-            samples = data.split(split)
+        backdoor = config.backdoor.build()
+        there = [split for split in SPLITS if getattr(data, split) is not None]
+        for split in splits or [*there, *(["triggered"] if backdoor and data.test is not None else [])]:
+            samples = (
+                triggered(data.split("test"), backdoor) if backdoor and split == "triggered" else data.split(split)
+            )
             if split == "train" and isinstance(samples, IndexedSamples) and len(samples) > TRAIN_TRACE_SIZE:
                 samples = samples.sample(TRAIN_TRACE_SIZE)
             with _threads(config.threads):
@@ -243,8 +257,8 @@ class Run:
             UnknownName: there is no such split.
             FileFormatError: it is not recorded yet, or damaged.
         """
-        if split not in SPLITS:
-            raise UnknownName("split", split, SPLITS)
+        if split not in RECORDED:
+            raise UnknownName("split", split, RECORDED)
         path = self.folder / "traces" / f"{split}.safetensors"
         if not path.exists():
             others = sorted(file.stem for file in path.parent.glob("*.safetensors"))
@@ -259,6 +273,13 @@ class Run:
         test = self.trace("test")
         single = test.num_exits == 1
         found = analyze_traces(test, *(None if single else self.trace(split) for split in ("val", "train")))
+        backdoor = self.config.backdoor.build()
+        if backdoor is not None and not single:
+            policy = self.policy() if (self.folder / "policy.json").exists() else None
+            target = backdoor.target_in(test.info.class_names)
+            found["backdoor"] = measure_backdoor(
+                test, self.trace("triggered"), target, training=self.trace("train"), policy=policy
+            )
         for name, result in found.items():
             self.write_result(name, result)
         return found
@@ -340,7 +361,7 @@ class Run:
         """
         place = Path(folder)
         Run.create(place, self.config)
-        recorded = [split for split in SPLITS if (self.folder / "traces" / f"{split}.safetensors").exists()]
+        recorded = [split for split in RECORDED if (self.folder / "traces" / f"{split}.safetensors").exists()]
         sdn, traces = self.load(), {split: self.trace(split) for split in recorded or SPLITS}
         texts = ["config.json", "environment.json", "history.jsonl", "policy.json"]
         texts += [f"results/{path.name}" for path in sorted((self.folder / "results").glob("*.json"))]

@@ -4,11 +4,12 @@ from dataclasses import asdict, astuple, replace
 import pytest
 import reference
 import torch
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from reference import hand_trace, make_trace, traces
 
-from shallowdeep.analysis.budgets import BUDGETS, measure_budgets
+from shallowdeep.analysis.budgets import BUDGETS, cross_fit_budgets, measure_budgets
+from shallowdeep.data.stratify import stratified_split
 from shallowdeep.errors import CalibrationError, TraceError
 from shallowdeep.policies.calibrate import calibrate
 from shallowdeep.policies.replay import replay
@@ -106,6 +107,107 @@ def test_str():
         "at most 70 % of the cost: 66.67 % at 61.7 %.\n"
         "any cost: 66.67 % at 61.7 %."
     )
+
+
+def cut(trace, seed):
+    return [trace.select(rows) for rows in stratified_split(trace.labels, len(trace) // 2, seed)]
+
+
+def test_cross_fitting_by_hand():
+    """Samples 0 and 1 choose 0.675: 0 leaves at exit 0, 1 at exit 1. Samples 2 and 3 choose exit 0 for both."""
+    trace = hand_trace(split="test")
+    assert [half.ids.tolist() for half in cut(trace, 3)] == [[7, 3], [11, 2]]
+    found = cross_fit_budgets(trace, seed=3, budgets=(0.25, 0.7, None))
+    chosen = (pytest.approx(0.675, abs=1e-6), pytest.approx(0.325, abs=1e-6))
+    # each used on the other half: at exit 0, sample 1 is wrong; at 0.675, sample 2 leaves at exit 1 and is wrong too
+    on_test = (0.25, pytest.approx((0.5 + 0.5 + 0.85 + 0.5) / 4))
+    assert [astuple(row) for row in found.table] == [
+        (0.25, None, None, None, None, None, None, None),
+        (0.7, chosen, 0.75, pytest.approx(0.5875), *on_test, 0.75, pytest.approx(0.5875)),
+        (None, chosen, 0.75, pytest.approx(0.5875), *on_test, 0.75, pytest.approx(0.5875)),
+    ]
+    assert (found.last_accuracy, found.n) == (0.5, 4)
+    assert found.chosen_on == "cross-fitted halves of the test split"
+    assert FOUND.chosen_on == "validation"
+
+
+def check_cross_fit(trace, seed, budget, rule):
+    every = reference.every_patience_choice if rule == "patience" else reference.every_confidence_choice
+    naive_rule = reference.patience_exit if rule == "patience" else reference.confidence_exit
+    halves = cut(trace, seed)
+    found = cross_fit_budgets(trace, seed=seed, budgets=(budget,), rule=rule)
+    (row,) = found.table
+    best = [reference.best_within(every(half), budget) for half in halves]
+    if best[0] is None:
+        assert astuple(row)[1:] == (None,) * 7
+        return
+    right = cost = chosen_right = chosen_cost = 0.0
+    for half, other, threshold, (best_accuracy, best_cost) in zip(
+        halves, reversed(halves), row.threshold, best, strict=True
+    ):
+        accuracy, mean_cost = reference.accuracy_and_cost(half, reference.decide(half, naive_rule(threshold)))
+        assert (accuracy, mean_cost) == pytest.approx((best_accuracy, best_cost), abs=1e-12)
+        chosen_right, chosen_cost = chosen_right + accuracy * len(half), chosen_cost + mean_cost * len(half)
+        accuracy, mean_cost = reference.accuracy_and_cost(other, reference.decide(other, naive_rule(threshold)))
+        right, cost = right + accuracy * len(other), cost + mean_cost * len(other)
+    assert (row.accuracy, row.cost) == pytest.approx((right / found.n, cost / found.n), abs=1e-12)
+    assert (row.val_accuracy, row.val_cost) == pytest.approx((chosen_right / found.n, chosen_cost / found.n), abs=1e-12)
+    test_chosen = (row.test_chosen_accuracy, row.test_chosen_cost)
+    assert test_chosen == pytest.approx(reference.best_within(every(trace), budget), abs=1e-12)
+
+
+@pytest.mark.parametrize("rule", ["confidence", "patience"])
+@settings(max_examples=50)
+@given(data=st.data())
+def test_cross_fitting_is_brute_force(rule, data):
+    trace = data.draw(traces(split="test"))
+    assume(len(trace) > 1)
+    check_cross_fit(trace, data.draw(st.integers(0, 3)), data.draw(st.floats(0.1, 1.2)), rule)
+
+
+@pytest.mark.parametrize("n", [40, 41])
+def test_cross_fitting_of_many_samples(n):
+    trace = make_trace(n, split="test", noise=1.5)
+    check_cross_fit(trace, 0, 0.75, "confidence")
+    found = cross_fit_budgets(trace, budgets=(0.75, None))
+    assert found == cross_fit_budgets(trace, budgets=(0.75, None), seed=0)
+    assert found != cross_fit_budgets(trace, budgets=(0.75, None), seed=1)
+    one, other = found.table[1].threshold
+    assert one != other
+    assert found.table[1].accuracy < found.table[1].test_chosen_accuracy
+    surest = cross_fit_budgets(trace, budgets=(None,), answer="most_confident")
+    assert surest.table[0].threshold != found.table[1].threshold
+    best = max(choice.accuracy for choice in reference.every_confidence_choice(trace, answer="most_confident"))
+    assert surest.table[0].test_chosen_accuracy == best
+
+
+def test_cross_fitted_rows_and_text_say_so():
+    found = cross_fit_budgets(hand_trace(split="test"), seed=3, budgets=(0.25, 0.7))
+    rows = found.rows()
+    names = ["budget", "threshold", "accuracy", "cost", "choosing half's accuracy", "choosing half's cost"]
+    assert list(rows[0]) == list(rows[1]) == [*names, "test-chosen accuracy", "test-chosen cost"]
+    assert [row["threshold"] for row in rows] == [None, "0.6750 / 0.3250"]
+    assert (rows[1]["accuracy"], rows[1]["choosing half's accuracy"]) == (0.25, 0.75)
+    assert json.loads(json.dumps(rows)) == rows
+    values = json.loads(json.dumps(found.to_dict()))
+    assert values["chosen_on"] == "cross-fitted halves of the test split"
+    assert values["table"][1]["threshold"] == list(found.table[1].threshold)
+    assert str(found) == (
+        "Last exit: 50.00 % on 4 samples.\n"
+        "Thresholds from cross-fitted halves of the test split.\n"
+        "at most 25 % of the cost: no threshold is that cheap.\n"
+        "at most 70 % of the cost: 25.00 % at 58.8 %."
+    )
+
+
+def test_what_cannot_be_cross_fitted():
+    for split in ("train", "val"):
+        with pytest.raises(CalibrationError, match=f"halves of the {split} split are no fair test"):
+            cross_fit_budgets(hand_trace(split=split))
+    with pytest.raises(TraceError, match="one sample has no halves"):
+        cross_fit_budgets(TEST.select(torch.tensor([0])))
+    with pytest.raises(TraceError, match="needs labels"):
+        cross_fit_budgets(replace(TEST, labels=None))
 
 
 def test_what_budgets_cannot_be_measured_on():

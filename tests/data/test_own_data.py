@@ -62,6 +62,10 @@ def test_the_test_split_does_not_depend_on_the_seed(fill, tmp_path):
     one, two = load_data(f"folder:{folder}"), load_data(f"folder:{folder}", seed=1, val_size=9)
     assert one.test.ids.tolist() == two.test.ids.tolist()
     assert (len(two.val), len(two.train)) == (9, 45)
+    whole = load_data(f"folder:{folder}", val_size=0)
+    assert (len(whole.train), whole.val) == (54, None)
+    assert whole.test.ids.tolist() == one.test.ids.tolist()
+    assert not set(shown(whole.train)) & set(shown(whole.test))
 
 
 @pytest.mark.parametrize("val", ["val", "valid", "validation"])
@@ -72,8 +76,9 @@ def test_folders_that_are_splits(fill, tmp_path, val):
     assert (len(data.train), len(data.val), len(data.test)) == (30, 12, 9)
     assert [part.split for part in (data.train, data.val, data.test)] == ["train", "val", "test"]
     assert data.val.ids.tolist() == list(range(12))
-    with pytest.raises(ConfigError, match=r"has 12 validation samples of its own. Leave val_size out"):
-        load_data(f"folder:{tmp_path / 'mine'}", val_size=3)
+    for val_size in (3, 0):
+        with pytest.raises(ConfigError, match=r"has 12 validation samples of its own. Leave val_size out"):
+            load_data(f"folder:{tmp_path / 'mine'}", val_size=val_size)
 
 
 def test_what_is_not_there_is_held_out_or_none(fill, tmp_path):

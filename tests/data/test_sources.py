@@ -102,9 +102,18 @@ def test_val_size_and_split_seed(folder):
     assert load_data("cifar100", data_dir=folder, val_size=12, seed=1).val.ids.tolist() != data.val.ids.tolist()
 
 
-@pytest.mark.parametrize("val_size", [0, 40])
-def test_val_size_must_leave_both_parts(folder, val_size):
-    with pytest.raises(ConfigError, match=f"hold out {val_size} of 40"):
+def test_without_validation_the_network_learns_from_all(folder):
+    data = load_data("cifar100", data_dir=folder, val_size=0)
+    assert data.val is None
+    assert data.train.ids.tolist() == list(range(40))
+    assert data.test.md5() == load_data("cifar100", data_dir=folder).test.md5()
+    with pytest.raises(DataError, match="cifar100 has no val split, only train, test"):
+        data.split("val")
+
+
+@pytest.mark.parametrize("val_size", [-1, 40])
+def test_val_size_must_leave_something_to_learn_from(folder, val_size):
+    with pytest.raises(ConfigError, match=rf"hold out {val_size} of 40 training images\. Take from 0 \(none\) to 39"):
         load_data("cifar100", data_dir=folder, val_size=val_size)
 
 
@@ -278,6 +287,12 @@ def test_the_test_digits_do_not_depend_on_the_seed(cache):
     one, two = load_data("digits"), load_data("digits", seed=1, val_size=100)
     assert one.test.md5() == two.test.md5()
     assert len(two.val) == 100
+
+
+def test_all_digits_but_the_test_ones(cache):
+    data = load_data("digits", val_size=0)
+    assert (len(data.train), data.val, len(data.test)) == (1437, None, 360)
+    assert data.test.md5() == load_data("digits").test.md5()
 
 
 @pytest.fixture(scope="session")

@@ -56,6 +56,11 @@ def test_trec(folder):
     assert set(batch.inputs) == {"input_ids", "attention_mask"}
 
 
+def test_without_validation_the_network_learns_from_all(folder):
+    data = load_data("trec", data_dir=folder, val_size=0)
+    assert (data.train.ids.tolist(), data.val, len(data.test)) == (list(range(80)), None, 12)
+
+
 def test_coarse_labels_share_the_split_and_the_tokens(folder):
     fine, coarse = load_data("trec", data_dir=folder), load_data("trec", data_dir=folder, labels="coarse")
     assert coarse.class_names == ("HUM", "LOC")

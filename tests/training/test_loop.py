@@ -5,8 +5,11 @@ import math
 import os
 import pickle
 import random
+import subprocess
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -678,3 +681,50 @@ def test_weights_spoilt_by_the_last_step_are_not_kept(build, little, tmp_path):
     kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert kept["epochs"] == 1
     assert all(bool(tensor.isfinite().all()) for tensor in kept["sdn"].values())
+
+
+# Compiled
+
+
+COMPILED = """
+import json, sys
+import torch
+from torch import nn
+import shallowdeep as sd
+from shallowdeep.training.recipes import Recipe
+
+torch.set_num_threads(1)
+graphs, compile = [], torch.compile
+torch.compile = lambda network: compile(network, backend=lambda graph, _: graphs.append(graph) or graph)
+data = sd.load_data("digits")
+histories = []
+for compiled in (False, True):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
+    sdn = sd.attach(net, data.example_inputs, taps=["2"])
+    recipe = Recipe(epochs=2, lr=0.05)
+    histories.append(sd.fit(sdn, data, strategy="mixed", recipe=recipe, compile=compiled, progress=False))
+    hooks = sum(len(module._forward_hooks) for module in sdn.modules())
+outputs = [len(next(node for node in graph.graph.nodes if node.op == "output").args[0]) for graph in graphs]
+print(json.dumps({"histories": histories, "outputs": outputs, "hooks": hooks}))
+"""
+
+
+@pytest.mark.slow
+def test_compiled_it_trains_what_it_trains_otherwise():
+    # in a process of its own: the compiler does not see through the checks of types that tests switch on
+    run = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    for record, other in zip(*found["histories"], strict=True):
+        assert record["loss"] == pytest.approx(other["loss"], rel=1e-3)
+        assert record["val_accuracy"] == pytest.approx(other["val_accuracy"], abs=0.02)
+    # one graph with the backbone alone and one with its exits inside: a second epoch compiles nothing anew
+    assert found["outputs"] == [1, 2]
+    assert found["hooks"] == 0
+
+
+def test_without_a_compiler_one_is_told(build, little, monkeypatch):
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", Mock(side_effect=RuntimeError("no g++")))
+    with pytest.raises(ConfigError, match=r"compile=True needs a C\+\+ compiler \(no g\+\+\).*leave compile out"):
+        train(build(), little, compile=True)

@@ -48,7 +48,7 @@ class Held:
     """How much is held out of the training images.
 
     Args:
-        asked: images for validation; ``None``: ``default``.
+        asked: images for validation; 0: no validation split; ``None``: ``default``.
         default: where nothing is asked for; ``None``: a tenth.
         seed: of the validation images.
     """
@@ -61,12 +61,12 @@ class Held:
         """How many images are held out of so many.
 
         Raises:
-            ConfigError: nothing is left on one side.
+            ConfigError: nothing is left to train on.
         """
         asked = self.asked if self.asked is not None else self.default or max(1, available // 10)
-        if not 0 < asked < available:
+        if not 0 <= asked < available:
             raise ConfigError(
-                f"cannot hold out {asked} of {available} training images. Take from 1 to {available - 1}."
+                f"cannot hold out {asked} of {available} training images. Take from 0 (none) to {available - 1}."
             )
         return asked
 
@@ -83,7 +83,7 @@ def assemble(
     """Splits of a data set that was read from files.
 
     Where there is a training part alone, a tenth of it is held out for testing, the same for every seed. Where
-    there is no validation part, that is held out of the training part.
+    there is no validation part, that is held out of the training part, or left out where nothing is to be.
 
     Args:
         name: of the data set.
@@ -95,7 +95,7 @@ def assemble(
             size, or are large; then ImageNet's.
 
     Raises:
-        ConfigError: validation images are asked for where there are some, or too many.
+        ConfigError: validation images are asked for (or that there be none) where there are some, or too many.
         DataError: an image cannot be decoded, or the parts do not fit together.
     """
     fine = parts["train"].labels["fine"]
@@ -117,11 +117,11 @@ def split_up(
         sets: ``"train"``, and ``"val"`` and ``"test"`` where there are such.
         fine: the training samples' labels, of the finer label set: one on coarse labels is then validated on the
             same samples.
-        held: how much is held out for validation.
+        held: how much is held out for validation; where that is nothing, ``val`` is ``None``.
         augment: of the training samples.
 
     Raises:
-        ConfigError: validation samples are asked for where there are some, or too many.
+        ConfigError: validation samples are asked for (or that there be none) where there are some, or too many.
     """
     train, val, test = sets["train"], sets.get("val"), sets.get("test")
     if val is not None:
@@ -133,7 +133,8 @@ def split_up(
         rest, tested = stratified_split(fine, Held().num_val(len(fine)), seed=0)
         test = train.subset(tested, split="test")
     kept, chosen = stratified_split(fine[rest], held.num_val(len(rest)), held.seed)
-    return Splits(train.subset(rest[kept]), train.subset(rest[chosen], split="val"), test, augment)
+    val = train.subset(rest[chosen], split="val") if len(chosen) else None
+    return Splits(train.subset(rest[kept]), val, test, augment)
 
 
 def image_set(name: str, rows: Rows, labels: str, split: str, look: Look) -> ImageSet:

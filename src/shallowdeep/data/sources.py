@@ -78,7 +78,7 @@ def load_data(
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> Splits:
-    """A data set by name, in three splits that share no sample.
+    """A data set by name, in up to three splits that share no sample.
 
     ``digits`` needs no download. The other names are read from ``<data_dir>/<name>``, or from the folder that
     the environment variable SHALLOWDEEP_DATA names, or from the Hugging Face hub, in this order. Decoded
@@ -98,7 +98,7 @@ def load_data(
         name: one of ``data_sets()``, or data of your own.
         data_dir: folder of Parquet shards ``<name>/<split>-00000-of-0000N.parquet``.
         val_size: training samples held out for validation, fine classes in proportion; a tenth (of
-            digits 180) when not given.
+            digits 180) when not given; 0: none, the network learns from all of them and ``val`` is ``None``.
         labels: ``"fine"``, or ``"coarse"`` where the data set has two levels.
         seed: of the validation split and of nothing else; runs compare only under one.
         preprocessing: decode images as they are needed and make them so, for a pretrained network.
@@ -110,8 +110,8 @@ def load_data(
 
     Raises:
         UnknownName: there is no such data set, or it has no such labels.
-        ConfigError: ``val_size`` leaves nothing to train on, or nothing to validate on; or an argument does not
-            apply to this data set.
+        ConfigError: ``val_size`` leaves nothing to train on, or the data set has validation samples of its own; or an
+            argument does not apply to this data set.
         DataError: the files are missing or damaged.
         MissingExtra: a library that reads them is not installed.
 

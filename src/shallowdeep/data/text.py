@@ -76,7 +76,8 @@ def load_text(name: str, folder: Path, *, labels: str, held: Held) -> Splits:
         return TensorSet(inputs, known, class_names=names[labels], name=name, split=split, tree=tree, vocab_size=size)
 
     whole = make(texts, train[labels], "train")
-    return Splits(whole.subset(kept), whole.subset(chosen, "val"), make(test_texts, test[labels], "test"))
+    val = whole.subset(chosen, "val") if len(chosen) else None
+    return Splits(whole.subset(kept), val, make(test_texts, test[labels], "test"))
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int = 4000) -> Any:

@@ -22,6 +22,7 @@ from shallowdeep.inference.runner import Cascade, Values
 from shallowdeep.inference.stages import Body, cut
 from shallowdeep.inference.torch_stages import TorchStages
 from shallowdeep.networks.calls import first_line, without_autocast
+from shallowdeep.networks.compiler import check_compiler
 from shallowdeep.policies.rules import ExitPolicy
 from shallowdeep.progress import track
 from shallowdeep.storage import shown
@@ -124,29 +125,6 @@ def _taken(tensor: Tensor, index: Tensor) -> Tensor:
     return tensor.movedim(1, -1).index_select(0, index).movedim(-1, 1)  # by itself it would put channels first
 
 
-def check_compiler(device: torch.device) -> None:
-    """Look for what PyTorch's compiler needs on a device.
-
-    Raises:
-        ConfigError: it is not there.
-    """
-    if device.type != "cpu":
-        from torch.utils._triton import has_triton
-
-        if not has_triton():
-            raise ConfigError(f"backend='compiled' needs Triton on {device.type}: install it, or use backend='stages'.")
-        return
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    try:
-        get_cpp_compiler()
-    except (RuntimeError, OSError) as error:
-        raise ConfigError(
-            f"backend='compiled' needs a C++ compiler ({first_line(error)}). "
-            "Install g++, name another one in the environment variable CXX, or use backend='onnx' or 'stages'."
-        ) from error
-
-
 def sizes_up_to(most: int) -> list[int]:
     """Sizes of batches worth compiling for: powers of two, from 16 on one more between each two, and ``most``.
 
@@ -183,7 +161,7 @@ def build_compiled(order: Order) -> Cascade:
     device = next(order.sdn.parameters()).device
     most = order.micro_batch or MICRO_BATCH.get(device.type, 256)
     sizes = sizes_up_to(most) if options.get("sizes") is None else _checked_sizes(options["sizes"])
-    check_compiler(device)
+    check_compiler(device, "backend='compiled'", "use backend='onnx' or 'stages'")
     stages = CompiledStages(
         cut(order.sdn, order.example_inputs, exits=order.exits),
         order.policy,

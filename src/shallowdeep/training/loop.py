@@ -6,7 +6,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from shallowdeep.data.samples import Augmentation, Batch, Samples, Splits
 from shallowdeep.data.streams import Stream, as_splits
 from shallowdeep.errors import ConfigError, DataError, NetworkError, TrainingDiverged
+from shallowdeep.networks.compiler import check_compiler
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.processes import is_first, make_fabric, shard
 from shallowdeep.progress import Bar, bar
@@ -55,6 +56,7 @@ def fit(
     resume: bool = False,
     validate_every: int = 1,
     features: FeatureReuse | None = None,
+    compile: bool = False,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Train a Shallow-Deep Network, in place.
@@ -83,6 +85,8 @@ def fit(
         validate_every: epochs between two looks at the validation split; 0: never.
         features: for phases that train the exits of a frozen backbone: record what they see once, or a few times,
             instead of running the backbone in every epoch.
+        compile: let PyTorch's compiler make the training step's network, its exits inside. It takes a minute or more
+            at the start, and pays on a GPU; its sums are not those of the network as it is.
         progress: draw a bar on the terminal.
 
     Returns:
@@ -96,7 +100,7 @@ def fit(
         TrainingDiverged: the loss or a weight is no longer a number; the last good checkpoint is kept.
         ConfigError: a batch is more than the training split or cannot be shared out among the processes, or a
             phase has nothing to train; features are to be recorded where no phase freezes the backbone, or by
-            several processes.
+            several processes; there is no compiler.
         DataError: the strategy needs labels, and the data has none.
         NetworkError: the network has fewer outputs than the data has classes, or several label sets.
         FileFormatError: the checkpoint is damaged, or of another run.
@@ -114,7 +118,7 @@ def fit(
     if is_first():
         checkpoint.sweep()
     place = _Place(device, devices, num_nodes)
-    run = _Run(sdn, splits, seed, place, checkpoint, validate_every, features, progress)
+    run = _Run(sdn, splits, seed, place, checkpoint, validate_every, features, compile, progress)
     if resume:
         run.history = checkpoint.read_history()
     with torch.random.fork_rng():
@@ -182,6 +186,7 @@ class _Run:
     checkpoint: Checkpoint
     validate_every: int
     features: FeatureReuse
+    compile: bool
     progress: bool
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -213,8 +218,10 @@ class _Run:
         data = self.data.to(fabric.device)
         if phase.trains != "exits" or not self.features.passes:
             network = LastExit(self.sdn) if phase.trains == "backbone" else self.sdn
-            model, wrapped = fabric.setup(network, optimizer)
-            yield _Stage(self.sdn, phase, fabric, network, model, wrapped, (data.train,), data.val, data.augment)
+            # the hooks stay on through the phase: a compiled network knows those alone that it was compiled with
+            with self.sdn.tapped() if network is self.sdn else nullcontext():
+                model, wrapped = fabric.setup(self._compiled(network, fabric.device), optimizer)
+                yield _Stage(self.sdn, phase, fabric, network, model, wrapped, (data.train,), data.val, data.augment)
             return
         started = time.perf_counter()
         with features_folder(self.features, self.checkpoint.folder) as folder:
@@ -231,9 +238,15 @@ class _Run:
             with fabric.autocast():
                 found = recorder.record(data)
             network, val = ExitsAlone(self.sdn), None if found.val is None else found.val.to(fabric.device)
-            model, wrapped = fabric.setup(network, optimizer)
+            model, wrapped = fabric.setup(self._compiled(network, fabric.device), optimizer)
             seconds = time.perf_counter() - started
             yield _Stage(self.sdn, phase, fabric, network, model, wrapped, found.passes, val, None, seconds)
+
+    def _compiled(self, network: nn.Module, device: torch.device) -> Any:
+        if not self.compile:
+            return network
+        check_compiler(device, "compile=True", "leave compile out")
+        return torch.compile(network)
 
     def _epoch(self, stage: _Stage, number: int, epoch: int, line: Bar, odd: list[str]) -> dict[str, Any]:
         started = time.perf_counter()
@@ -271,10 +284,6 @@ class _Stage:
         """What an epoch learns from, on the device."""
         return self.passes[epoch % len(self.passes)].to(self.fabric.device)
 
-    def tapped(self) -> AbstractContextManager[None]:
-        """The hooks, kept on around a loop, where the phase runs internal exits behind the backbone."""
-        return self.sdn.tapped() if self.network is self.sdn else nullcontext()
-
 
 class LastExit(nn.Module):
     """The backbone seen as a network with one exit: no hooks, and no internal exit is run."""
@@ -302,17 +311,16 @@ def _train_epoch(stage: _Stage, epoch: int, seed: int, line: Bar) -> dict[str, A
         channels_last=recipe.channels_last,
         shard=own,
     )
-    with stage.tapped():
-        for step, batch in enumerate(batches):
-            if step == 0 and own[0]:
-                torch.manual_seed(seed + own[0])  # after the order was drawn: dropout differs between processes
-            tally.add(batch, *_train_batch(stage, batch, (epoch + step / steps) / recipe.epochs))
-            line.advance()
-            if (step + 1) % REPORT_EVERY == 0 or step + 1 == steps:
-                totalled, (loss, shares) = step + 1, tally.total(stage.fabric)
-                _check_finite(loss, epoch)
-                words = " ".join(f"{100 * share:.0f}" for share in shares)
-                line.say(f"epoch {epoch + 1}/{recipe.epochs}  loss {loss:.3f}  {tally.name} {words}")
+    for step, batch in enumerate(batches):
+        if step == 0 and own[0]:
+            torch.manual_seed(seed + own[0])  # after the order was drawn: dropout differs between processes
+        tally.add(batch, *_train_batch(stage, batch, (epoch + step / steps) / recipe.epochs))
+        line.advance()
+        if (step + 1) % REPORT_EVERY == 0 or step + 1 == steps:
+            totalled, (loss, shares) = step + 1, tally.total(stage.fabric)
+            _check_finite(loss, epoch)
+            words = " ".join(f"{100 * share:.0f}" for share in shares)
+            line.say(f"epoch {epoch + 1}/{recipe.epochs}  loss {loss:.3f}  {tally.name} {words}")
     if tally.num_batches > totalled:  # fewer batches than announced
         loss, shares = tally.total(stage.fabric)
         _check_finite(loss, epoch)
@@ -357,7 +365,7 @@ def _validate(stage: _Stage, val: Samples) -> dict[str, Any]:
     batches = val.batches(
         500, channels_last=stage.phase.recipe.channels_last, shard=own, seed=0 if own[1] > 1 else None
     )
-    with torch.no_grad(), stage.tapped(), stage.fabric.autocast():
+    with torch.no_grad(), stage.fabric.autocast():
         for batch in batches:
             tally.add(batch, stage.network(batch.inputs))
     return {f"val_{tally.name}": tally.total(stage.fabric)[1]}

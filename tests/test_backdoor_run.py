@@ -1,0 +1,78 @@
+import pytest
+from typer.testing import CliRunner
+
+from shallowdeep.cli import app
+from shallowdeep.config import load_config
+from shallowdeep.errors import ConfigError, UnknownName
+from shallowdeep.policies.rules import Confidence
+from shallowdeep.runs import Run
+from shallowdeep.storage import read_json, write_json
+
+ATTACK = {
+    "backdoor.target": "7",
+    "backdoor.rate": 0.1,
+    "network": "resnet20",
+    "recipe.epochs": 1,
+    "recipe.batch_size": 32,
+    "threads": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A backdoored network, and exits that were put on it with clean images."""
+    place = tmp_path_factory.mktemp("runs")
+    for name, changes in {
+        "plain": {"strategy": "plain"},
+        "ic_only": {"strategy": "ic_only", "init": str(place / "plain"), "backdoor.rate": 0.0, "features.passes": 1},
+    }.items():
+        run = Run.create(place / name, load_config(changes=ATTACK | changes))
+        run.fit(progress=False)
+        run.record(progress=False)
+    return place
+
+
+@pytest.mark.slow
+def test_a_poisoned_network_is_trained_and_judged_on_triggered_images(runs):
+    run = Run.open(runs / "ic_only")
+    write_json(run.folder / "policy.json", Confidence(0.5).to_dict())
+    found = run.analyze()["backdoor"]
+    assert found.target == 7
+    triggered, clean, training = (run.trace(split) for split in ("triggered", "test", "train"))
+    assert found.n_triggered == len(triggered) == int((clean.labels != 7).sum())
+    assert len(training) == len(run.load_data().train)
+    assert found.attack_success[-1] == pytest.approx((triggered.predictions[:, -1] == 7).double().mean().item())
+    assert found.with_policy.policy["threshold"] == 0.5
+    assert read_json(run.folder / "results" / "backdoor.json")["attack_success"] == list(found.attack_success)
+
+
+@pytest.mark.slow
+def test_what_was_trained_on_is_poisoned_and_what_is_recorded_is_clean(runs):
+    plain, ic_only = Run.open(runs / "plain"), Run.open(runs / "ic_only")
+    poisoned, clean = (run._data_for_training().train for run in (plain, ic_only))
+    assert int((poisoned.labels != clean.labels).sum()) == round(0.1 * len(clean))
+    trace = plain.trace("train")
+    assert trace.info.data == "digits"
+    kept = dict(zip(clean.ids.tolist(), clean.labels.tolist(), strict=True))
+    assert [kept[id] for id in trace.ids.tolist()] == trace.labels.tolist()
+
+
+@pytest.mark.slow
+def test_the_command_line_and_the_archive_know_the_triggered_split(runs, tmp_path):
+    write_json(runs / "ic_only" / "policy.json", Confidence(0.5).to_dict())
+    shown = CliRunner().invoke(app, ["replay", str(runs / "ic_only"), "--split", "triggered"], catch_exceptions=False)
+    assert "Policy on triggered" in shown.output
+    Run.open(runs / "ic_only").archive(tmp_path / "kept")
+    assert len(Run.open(tmp_path / "kept").trace("triggered")) > 0
+
+
+def test_a_target_that_is_no_class_is_named(tmp_path):
+    run = Run.create(tmp_path / "x", load_config(changes=ATTACK | {"backdoor.target": "dog", "strategy": "plain"}))
+    with pytest.raises(UnknownName, match="no class 'dog'"):
+        run.fit(progress=False)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_misspelt_setting_is_named():
+    with pytest.raises(ConfigError, match=r"unknown key 'backdoor.rat'. Did you mean backdoor.rate"):
+        load_config(changes={"backdoor.rat": "0.1"})
