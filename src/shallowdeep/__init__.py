@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from shallowdeep.analysis.backdoor import measure_backdoor
     from shallowdeep.analysis.budgets import cross_fit_budgets, measure_budgets
     from shallowdeep.analysis.confusion import confusion_scores, measure_confusion
+    from shallowdeep.analysis.gradcam import Saliency, gradcam
     from shallowdeep.analysis.overthinking import measure_overthinking
     from shallowdeep.config import RunConfig, load_config
     from shallowdeep.data.encoded import EncodedImages
@@ -49,6 +50,7 @@ _HOMES = {
     "analysis.backdoor": ["measure_backdoor"],
     "analysis.budgets": ["cross_fit_budgets", "measure_budgets"],
     "analysis.confusion": ["confusion_scores", "measure_confusion"],
+    "analysis.gradcam": ["Saliency", "gradcam"],
     "analysis.overthinking": ["measure_overthinking"],
     "config": ["RunConfig", "load_config"],
     "data.encoded": ["EncodedImages"],
@@ -115,6 +117,7 @@ __all__ = [
     "Run",
     "RunConfig",
     "Runner",
+    "Saliency",
     "Samples",
     "ShallowDeepError",
     "ShallowDeepNetwork",
@@ -135,6 +138,7 @@ __all__ = [
     "example_inputs_for",
     "export",
     "fit",
+    "gradcam",
     "load_config",
     "load_data",
     "load_network",
