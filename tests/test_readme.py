@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from shallowdeep.cli import app
+from shallowdeep.cli import app, study_app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -38,9 +38,11 @@ def test_there_are_blocks():
 def test_commands_and_their_options_exist():
     readme = PAGES[0].read_text()
     known = {
-        command.callback.__name__: [o for p in _parameters(command) for o in p] for command in app.registered_commands
+        f"{before}{command.callback.__name__}": [o for p in _parameters(command) for o in p]
+        for before, group in {"": app, "study ": study_app}.items()
+        for command in group.registered_commands
     }
-    used = re.findall(r"^shallowdeep (\w+)([^#\n]*)", readme, re.MULTILINE)
+    used = re.findall(r"^shallowdeep ((?:study )?\w+)([^#\n]*)", readme, re.MULTILINE)
     assert {command for command, _ in used} >= {"probe", "fit", "record", "analyze", "calibrate", "replay"}
     for command, rest in used:
         assert command in known

@@ -19,6 +19,9 @@ app = typer.Typer(
     help="See where a neural network overthinks, and stop it there.",
 )
 
+study_app = typer.Typer(no_args_is_help=True, help="Published tables, run again: resumable, a cell at a time.")
+app.add_typer(study_app, name="study")
+
 RunFolder = Annotated[Path, typer.Argument(help="run folder")]
 
 
@@ -263,6 +266,59 @@ def bench(
         report.plot(chosen.folder / "results" / "bench.png")
     except MissingExtra as error:
         typer.echo(f"no plot is drawn: {error}", err=True)
+
+
+@study_app.command()
+def paper(
+    list_: Annotated[bool, typer.Option("--list", help="show what is done and what is missing; run nothing")] = False,
+    table: Annotated[bool, typer.Option("--table", help="write the page from the results; run nothing")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="cells by name, * for anything (repeat)")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="data set (repeat); the paper's three")] = None,
+    network: Annotated[list[str] | None, typer.Option(help="network (repeat); the paper's four")] = None,
+    recipe: Annotated[list[str] | None, typer.Option(help="fast or paper (repeat); fast")] = None,
+    epochs: Annotated[int | None, typer.Option(help="of every training, instead of the recipe's")] = None,
+    seeds: Annotated[str, typer.Option(help="with commas between them")] = "0",
+    threads: Annotated[int, typer.Option(help="of the CPU, in each cell")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="the training step, by PyTorch's compiler")] = False,
+    jobs: Annotated[int, typer.Option(help="cells side by side")] = 1,
+    runs: Annotated[Path, typer.Option(help="folder for run folders")] = Path("runs/paper"),
+    results: Annotated[Path, typer.Option(help="folder for the cells' results")] = Path("results/paper"),
+    out: Annotated[Path, typer.Option(help="page that --table writes")] = Path("docs/results/paper.md"),
+    backdoor: Annotated[list[Path] | None, typer.Option(help="beside --table: what a backdoor did (repeat)")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="folder with the data sets")] = None,
+) -> None:
+    """The paper's table: four networks, three data sets, four strategies, resumed where it was left."""
+    from shallowdeep.studies.cells import Workplace
+    from shallowdeep.studies.page import write_page
+    from shallowdeep.studies.paper import DATA, NETWORKS, list_cells, paper_cells, select
+    from shallowdeep.studies.side_by_side import run_cells
+
+    if table:
+        typer.echo(f"{write_page(results, out, backdoor or [])} cells are in {out}")
+    cells = paper_cells(
+        data=data or DATA, networks=network or NETWORKS, recipes=recipe or ("fast",), seeds=_seeds(seeds),
+        epochs=epochs, threads=threads,
+    )  # fmt: skip
+    chosen, place = select(cells, only or []), Workplace(runs, results, data_dir, device, compile)
+    if list_:
+        _show(f"{len(chosen)} cells", list_cells(chosen, place))
+    if list_ or table:
+        return
+    found = run_cells(chosen, place, jobs=jobs, say=typer.echo)
+    done, failed = ([one for one in found if one.word == word] for word in ("done", "failed"))
+    typer.echo(f"{len(done)} of {len(found)} cells are done. Next: shallowdeep study paper --table")
+    for one in failed:
+        typer.echo(f"error: {one.cell}: {one.message}", err=True)
+    if failed:
+        raise typer.Exit(2)
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--seeds takes numbers with commas between them, e.g. 0,1,2; got '{text}'.") from None
 
 
 def _bench_folder(folder: Path, batch_sizes: list[int], rounds: int, threads: int | None, providers: list[str]) -> None:

@@ -1,0 +1,1 @@
+"""Published tables, run again: cells that resume, and pages written from their results."""

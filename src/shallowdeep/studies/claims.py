@@ -1,0 +1,316 @@
+"""The paper's claims, one verdict each, from results alone.
+
+A claim is *held* where the mean over all runs that test it says so, *beaten* where more than was claimed was found, and
+each function says what that means for its claim. Runs on incomplete data, or on data sets that the paper does not have,
+test nothing. A plain network is compared with the strategies that share its data, recipe, length and seed.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from shallowdeep.analysis.backdoor import BackdoorEffect
+from shallowdeep.studies.estimates import is_complete, title_of
+from shallowdeep.studies.layout import label, signed
+from shallowdeep.studies.published import BACKDOOR, DESTRUCTIVE, GAIN, TABLE_3, WASTEFUL
+from shallowdeep.studies.results import CellResult
+from shallowdeep.training.recipes import Trains
+
+HALF_A_POINT = 0.005
+"""Accuracies nearer than this count as equal: about one standard error of a share of 10,000 images."""
+NEAR = 0.05
+"""Distance within which a published share of samples counts as met."""
+
+Word = Literal["held", "beaten", "not held", "not tested yet"]
+Figures = Sequence[tuple[CellResult, float]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a claim.
+
+    Attributes:
+        claim: what was published, a sentence.
+        word: the verdict.
+        found: what was found here, with the number of runs and images and the spread; or what a test needs.
+    """
+
+    claim: str
+    word: Word
+    found: str
+
+
+def judge(results: Sequence[CellResult], backdoors: Sequence[BackdoorEffect] = ()) -> list[Verdict]:
+    """A verdict on every claim."""
+    usable = [result for result in results if result.config.data in WASTEFUL and is_comparable(result)]
+    return [*(claim(usable) for claim in CLAIMS), backdoor_undone(backdoors)]
+
+
+def is_comparable(result: CellResult) -> bool:
+    """Whether a cell was trained on all that its data set has."""
+    return is_complete(result.config.data, result.n_train + result.n_val)
+
+
+def half_saved_on_cifar(results: Sequence[CellResult]) -> Verdict:
+    """Held: joint training saves more than half on average, at the plain accuracy. Beaten: in every run."""
+    claim = "Early exits after joint training save more than 50 % of the cost on CIFAR, at the network's accuracy."
+    return _saving(claim, results, "joint", ("cifar10", "cifar100"), 0.5)
+
+
+def quarter_saved_on_tiny(results: Sequence[CellResult]) -> Verdict:
+    """Held: joint training saves more than a quarter on average, at the plain accuracy. Beaten: in every run."""
+    claim = "On Tiny ImageNet they save more than 25 %."
+    return _saving(claim, results, "joint", ("tinyimagenet",), 0.25)
+
+
+def quarter_saved_by_exits_alone(results: Sequence[CellResult]) -> Verdict:
+    """Held: IC-only training saves more than a quarter on average, at the plain accuracy. Beaten: in every run."""
+    claim = "With IC-only training they still save more than 25 %."
+    return _saving(claim, results, "ic_only", tuple(WASTEFUL), 0.25)
+
+
+def accuracy_gained(results: Sequence[CellResult]) -> Verdict:
+    """Held: the best threshold gains on average. Beaten: more than published for the same cells."""
+    claim = "Leaving early at the best threshold is more accurate than the plain network."
+    gains = _gains(results)
+    if not gains:
+        return Verdict(claim, "not tested yet", "It takes an IC-only or joint run and its plain one.")
+    mean, shared = _mean(gains), [(run, gain, _published_gain(run)) for run, gain in gains]
+    known = [(gain, published) for _, gain, published in shared if published is not None]
+    found = f"The gain is {_summary(gains, _points)}; {_evidence(gains)}."
+    more = bool(known) and statistics.fmean(g for g, _ in known) > statistics.fmean(p for _, p in known)
+    if known:
+        found += (
+            f" In the {_count(len(known), 'run')} with a published counterpart it is "
+            f"{_points(statistics.fmean(g for g, _ in known))}, published are "
+            f"{_points(statistics.fmean(p for _, p in known))}, of thresholds chosen on test."
+        )
+    return Verdict(claim, "not held" if mean <= 0 else "beaten" if more else "held", found)
+
+
+def gain_up_to(results: Sequence[CellResult]) -> Verdict:
+    """Held: the largest relative gain reaches the paper's figure. Beaten: it passes the talk's."""
+    claim = f"The gain is up to {100 * GAIN[0]:.0f} % (the paper), up to {100 * GAIN[1]:.0f} % (the talk)."
+    gains = [(run, gain / (within - gain)) for run, gain in _gains(results) if (within := _max_accuracy(run)) > gain]
+    if not gains:
+        return Verdict(claim, "not tested yet", "It takes an IC-only or joint run and its plain one.")
+    run, largest = max(gains, key=lambda pair: pair[1])
+    found = f"The largest is {100 * largest:+.1f} % of the plain accuracy ({run.name}); {_evidence(gains)}."
+    return Verdict(claim, "beaten" if largest > GAIN[1] else "held" if largest >= GAIN[0] else "not held", found)
+
+
+def joint_training_harmless(results: Sequence[CellResult]) -> Verdict:
+    """Held: the last exit is at most half a point worse on average. Beaten: more than half a point better."""
+    claim = "Joint training does not hurt an off-the-shelf network: its last exit stays as accurate."
+    changes = [(run, run.accuracy - plain.accuracy) for run, plain in _pairs(results, ("joint",))]
+    if not changes:
+        return Verdict(claim, "not tested yet", "It takes a joint run and its plain one.")
+    mean = _mean(changes)
+    word: Word = "not held" if mean < -HALF_A_POINT else "beaten" if mean > HALF_A_POINT else "held"
+    found = f"It changes by {_summary(changes, _points)}; {_evidence(changes)}."
+    return Verdict(claim, word, found)
+
+
+def wasteful_on_most(results: Sequence[CellResult]) -> Verdict:
+    """Held: on every data set tested, the largest share comes within five points of the published one, or above it."""
+    parts = ", ".join(f"{100 * share:.0f} % ({title_of(data)})" for data, share in WASTEFUL.items())
+    claim = f"Computation is wasteful on up to {parts} of the samples."
+    shares = [(run, run.overthinking.wasteful) for run in _with_exits(results) if run.config.data in WASTEFUL]
+    if not shares:
+        return Verdict(claim, "not tested yet", "It takes a run with internal exits.")
+    largest = {
+        data: max(share for run, share in shares if run.config.data == data)
+        for data in WASTEFUL
+        if any(run.config.data == data for run, _ in shares)
+    }
+    held = all(share >= WASTEFUL[data] - NEAR for data, share in largest.items())
+    listed = ", ".join(f"{100 * share:.1f} % on {title_of(data)}" for data, share in largest.items())
+    missing = " and ".join(title_of(data) for data in WASTEFUL if data not in largest)
+    found = f"The largest shares are {listed}; {_evidence(shares)}."
+    found += f" Not tested on {missing}." if missing else ""
+    return Verdict(claim, "held" if held else "not held", found)
+
+
+def half_of_errors_destructive(results: Sequence[CellResult]) -> Verdict:
+    """Held: on average between 40 and 60 % of the errors."""
+    claim = "About half of a network's errors are destructive: an earlier exit had the right answer."
+    shares = [(run, run.overthinking.destructive_of_errors) for run in _with_exits(results)]
+    if not shares:
+        return Verdict(claim, "not tested yet", "It takes a run with internal exits.")
+    mean = _mean(shares)
+    found = f"It is {_summary(shares, _per_cent)} of them; {_evidence(shares)}."
+    return Verdict(claim, "held" if abs(mean - DESTRUCTIVE) <= 0.1 else "not held", found)
+
+
+def confusion_misses_fewer(results: Sequence[CellResult]) -> Verdict:
+    """Held: an alarm at the mean right answer misses fewer errors by confusion than by confidence, on average.
+
+    Beaten: in every run, with the larger area under the ROC curve as well. Runs with label smoothing test nothing.
+    """
+    claim = "Confusion tells wrong answers from right ones with fewer false negatives than confidence."
+    runs = [
+        (run, run.confusion) for run in _with_exits(results) if run.confusion is not None and not label_smoothing(run)
+    ]
+    if not runs:
+        return Verdict(claim, "not tested yet", "It takes a run with internal exits and without label smoothing.")
+    fewer = [(run, found.wrong_above_correct_mean_confidence - found.wrong_below_correct_mean) for run, found in runs]
+    missed = statistics.fmean(found.wrong_below_correct_mean for _, found in runs)
+    unseen = statistics.fmean(found.wrong_above_correct_mean_confidence for _, found in runs)
+    areas = [statistics.fmean(found.auroc[name] for _, found in runs) for name in ("confusion", "max-softmax")]
+    found = (
+        f"An alarm at the mean right answer misses {100 * missed:.1f} % of the errors by confusion, "
+        f"{100 * unseen:.1f} % by confidence; confusion misses fewer in {sum(x > 0 for _, x in fewer)} of {len(runs)} "
+        f"runs. AUROC {areas[0]:.3f} against {areas[1]:.3f}; {_evidence(fewer)}."
+    )
+    everywhere = all(x > 0 for _, x in fewer) and all(f.auroc["confusion"] > f.auroc["max-softmax"] for _, f in runs)
+    return Verdict(claim, "not held" if _mean(fewer) <= 0 else "beaten" if everywhere else "held", found)
+
+
+def backdoor_undone(effects: Sequence[BackdoorEffect]) -> Verdict:
+    """Held: with early exits, the accuracy on triggered samples comes within five points of the published one.
+
+    Beaten: it passes that.
+    """
+    claim = (
+        f"On a backdoored network's triggered samples, early exits raise the accuracy from {100 * BACKDOOR[0]:.0f} to "
+        f"{100 * BACKDOOR[1]:.0f} %."
+    )
+    found = [(effect.accuracy[-1], effect.with_policy.accuracy) for effect in effects if effect.with_policy is not None]
+    if not found:
+        return Verdict(claim, "not tested yet", "It takes a backdoored network and a policy.")
+    before, after = (statistics.fmean(column) for column in zip(*found, strict=True))
+    counts = sorted({effect.n_triggered for effect in effects if effect.with_policy is not None})
+    word: Word = "beaten" if after > BACKDOOR[1] else "held" if after >= BACKDOOR[1] - NEAR else "not held"
+    images = " to ".join(f"{count:,}" for count in {counts[0], counts[-1]})
+    return Verdict(
+        claim,
+        word,
+        f"From {100 * before:.1f} to {100 * after:.1f} % (n = {_count(len(found), 'run')}, {images} triggered images).",
+    )
+
+
+CLAIMS: tuple[Callable[[Sequence[CellResult]], Verdict], ...] = (
+    half_saved_on_cifar,
+    quarter_saved_on_tiny,
+    quarter_saved_by_exits_alone,
+    accuracy_gained,
+    gain_up_to,
+    joint_training_harmless,
+    wasteful_on_most,
+    half_of_errors_destructive,
+    confusion_misses_fewer,
+)
+
+
+def label_smoothing(result: CellResult) -> float:
+    """Of the recipe that trained a cell; it changes every confidence."""
+    config = result.config
+    trains: Trains = "exits" if config.strategy == "ic_only" else "all"
+    return config.recipe.build(trains, config.network).label_smoothing
+
+
+def saved_at_plain_accuracy(run: CellResult, plain: CellResult) -> tuple[float, float]:
+    """What a run saves while it is as accurate as the plain network, and its accuracy there; both on test.
+
+    The threshold is that of the lowest budget, in steps of 2.5 %, whose validation accuracy is the plain network's or
+    better. Where none is, samples go through to the last exit, and nothing is saved.
+    """
+    floor = plain.val_accuracy[-1] if plain.val_accuracy and run.val_accuracy else plain.accuracy
+    for row in () if run.curve is None else run.curve.table:
+        if row.val_accuracy is not None and row.val_accuracy >= floor:
+            assert row.cost is not None
+            assert row.accuracy is not None
+            return 1 - row.cost, row.accuracy
+    return 1 - run.costs[-1], run.accuracy
+
+
+def _saving(claim: str, results: Sequence[CellResult], strategy: str, data: Sequence[str], bound: float) -> Verdict:
+    pairs = [pair for pair in _pairs(results, (strategy,)) if pair[0].config.data in data and pair[0].curve]
+    if not pairs:
+        needed = " or ".join(title_of(name) for name in data)
+        return Verdict(claim, "not tested yet", f"It takes {_a(strategy)} run and its plain one on {needed}.")
+    found = [(run, plain, *saved_at_plain_accuracy(run, plain)) for run, plain in pairs]
+    savings = [(run, saving) for run, _, saving, _ in found]
+    change = statistics.fmean(accuracy - plain.accuracy for _, plain, _, accuracy in found)
+    mean = _mean(savings)
+    held = mean > bound and change >= -HALF_A_POINT
+    said = (
+        f"Saved are {_summary(savings, _per_cent)}, at {_points(change)} from the plain accuracy; {_evidence(savings)}."
+    )
+    beaten = held and all(saving > bound for _, saving in savings)
+    return Verdict(claim, "beaten" if beaten else "held" if held else "not held", said)
+
+
+def _with_exits(results: Sequence[CellResult]) -> list[CellResult]:
+    return [result for result in results if len(result.costs) > 1]
+
+
+def _pairs(results: Sequence[CellResult], strategies: Sequence[str]) -> list[tuple[CellResult, CellResult]]:
+    """Each run of some strategies with its plain network, where that was run."""
+    plain = {result.pair: result for result in results if result.strategy == "plain"}
+    return [(run, plain[run.pair]) for run in results if run.strategy in strategies and run.pair in plain]
+
+
+def _gains(results: Sequence[CellResult]) -> Figures:
+    """Accuracy of the best threshold, chosen on validation, over the plain network's."""
+    pairs = _pairs(results, ("ic_only", "joint"))
+    return [(run, _max_accuracy(run) - plain.accuracy) for run, plain in pairs if run.within(None) is not None]
+
+
+def _max_accuracy(run: CellResult) -> float:
+    row = run.within(None)
+    return run.accuracy if row is None or row.accuracy is None else row.accuracy
+
+
+def _published_gain(run: CellResult) -> float | None:
+    row = TABLE_3.get((run.config.data, run.config.network))
+    return None if row is None else (row.joint if run.strategy == "joint" else row.ic_only) - row.plain
+
+
+def _mean(figures: Figures) -> float:
+    return statistics.fmean(value for _, value in figures)
+
+
+def _points(value: float) -> str:
+    return f"{signed(100 * value)} points"
+
+
+def _per_cent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _summary(figures: Figures, written: Callable[[float], str]) -> str:
+    """The mean and, of several runs, the range."""
+    values = [value for _, value in figures]
+    mean = written(statistics.fmean(values))
+    return mean if len(values) == 1 else f"{mean} on average ({written(min(values))} to {written(max(values))})"
+
+
+def _evidence(figures: Figures) -> str:
+    """Number of runs and images, and the spread over seeds where a cell was run under several."""
+    runs = [run for run, _ in figures]
+    images = sorted({run.n_test for run in runs})
+    counted = f"{images[0]:,}" if len(images) == 1 else f"{images[0]:,} to {images[-1]:,}"
+    spread = spread_over_seeds(figures)
+    seeds = "one seed each" if spread is None else f"±{100 * spread:.2f} points between seeds"
+    return f"n = {_count(len(runs), 'run')} on {counted} test images, {seeds}"
+
+
+def spread_over_seeds(figures: Figures) -> float | None:
+    """Standard deviation between runs that differ in their seed alone, pooled; ``None``: there are no such runs."""
+    groups: dict[tuple, list[float]] = {}
+    for run, value in figures:
+        groups.setdefault((run.strategy, *run.pair[:-1]), []).append(value)
+    several = [statistics.variance(values) for values in groups.values() if len(values) > 1]
+    return statistics.fmean(several) ** 0.5 if several else None
+
+
+def _a(strategy: str) -> str:
+    return f"a{'n' if strategy == 'ic_only' else ''} {label(strategy)}"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"

@@ -1,0 +1,119 @@
+"""What a study's cells will still cost: FLOPs counted on a network without numbers, hours from cells run here."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from shallowdeep.errors import FileFormatError
+from shallowdeep.networks.attach import total_flops
+from shallowdeep.networks.zoo import NETWORKS, load_network
+from shallowdeep.runs import Run
+from shallowdeep.storage import read_json
+from shallowdeep.studies.cells import Cell, Workplace
+from shallowdeep.studies.measurement import read_history, seconds_of
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set as its makers published it, known without reading it.
+
+    Attributes:
+        title: as people write it.
+        num_classes: labels.
+        image_size: pixels a side.
+        num_images: of the complete training data.
+        num_held_out: of them, for validation, where nothing else is asked for.
+    """
+
+    title: str
+    num_classes: int
+    image_size: int
+    num_images: int
+    num_held_out: int
+
+
+TASKS = {
+    "cifar10": Task("CIFAR-10", 10, 32, 50_000, 5_000),
+    "cifar100": Task("CIFAR-100", 100, 32, 50_000, 5_000),
+    "tinyimagenet": Task("Tiny ImageNet", 200, 64, 100_000, 10_000),
+    "digits": Task("digits", 10, 32, 1_437, 180),
+}
+
+
+def title_of(data: str) -> str:
+    """A data set's name as people write it."""
+    return TASKS[data].title if data in TASKS else data
+
+
+def is_complete(data: str, num_images: int) -> bool:
+    """Whether so many training and validation images are all that the data set has; unknown data is taken to be."""
+    return data not in TASKS or num_images >= TASKS[data].num_images
+
+
+def training_flops(cell: Cell) -> float | None:
+    """FLOPs of a cell's training on complete data; ``None``: the data or the network is none of ours.
+
+    A trained backbone is run forward and costs twice that backward; a frozen one is only run forward, in every
+    epoch or once per recorded pass. Exits are left out: they cost a few per cent.
+    """
+    config = cell.config
+    if config.data not in TASKS or config.network not in NETWORKS:
+        return None
+    task = TASKS[config.data]
+    held_out = task.num_held_out if config.val_size is None else config.val_size
+    forward = forward_flops(config.network, task.num_classes, task.image_size) * (task.num_images - held_out)
+    if config.strategy in ("ic_only", "distil"):
+        return float(forward * (config.features.passes or cell.epochs))
+    return 3.0 * forward * cell.epochs
+
+
+@functools.cache
+def forward_flops(network: str, num_classes: int, image_size: int) -> int:
+    """FLOPs of one of our networks for one image, counted on tensors without numbers.
+
+    >>> round(forward_flops("vgg16", 10, 32) / 2e6, 1)
+    313.7
+    """
+    with torch.device("meta"):
+        net = load_network(network, num_classes=num_classes, image_size=image_size)
+        return total_flops(net, torch.zeros(1, 3, image_size, image_size))
+
+
+@dataclass(frozen=True)
+class Rates:
+    """FLOPs a second of the trainings in a workplace, on the accelerator that will be used, by data and network."""
+
+    measured: Mapping[tuple[str, str], float]
+
+    def of(self, cell: Cell) -> float | None:
+        """That of the same network on the same data, else on any, else the median of all; ``None``: none at all."""
+        data, network = cell.config.data, cell.config.network
+        if (data, network) in self.measured:
+            return self.measured[data, network]
+        near = [rate for (_, other), rate in self.measured.items() if other == network] or self.measured.values()
+        return statistics.median(near) if near else None
+
+
+def measure_rates(cells: Sequence[Cell], place: Workplace) -> Rates:
+    """From the histories of the runs that are there; exits trained alone are left out, they cost other things."""
+    here = torch.cuda.get_device_name() if place.device != "cpu" and torch.cuda.is_available() else None
+    work: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for cell in cells:
+        flops = training_flops(cell) if cell.config.strategy in ("plain", "joint", "mixed") else None
+        folder = place.run_of(cell)
+        if flops is None or not (folder / "history.jsonl").exists():
+            continue
+        try:
+            history = read_history(Run.open(folder))
+            elsewhere = read_json(folder / "environment.json")["accelerator"] != here
+        except (FileFormatError, KeyError, TypeError):
+            continue  # the cell's own state says that it is damaged
+        if not elsewhere:
+            done = flops * len(history) / cell.epochs, seconds_of(history)
+            work.setdefault((cell.config.data, cell.config.network), []).append(done)
+    return Rates({key: sum(f for f, _ in parts) / sum(s for _, s in parts) for key, parts in work.items()})

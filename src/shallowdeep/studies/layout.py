@@ -1,0 +1,130 @@
+"""Groups of results, and how their figures are written on a page."""
+
+from __future__ import annotations
+
+import statistics
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shallowdeep.studies.estimates import TASKS, is_complete
+from shallowdeep.studies.results import CellResult
+
+BUDGETS = ((0.25, "≤ 25 %"), (0.50, "≤ 50 %"), (0.75, "≤ 75 %"), (None, "Max"))
+"""The paper's columns."""
+NETWORK_TITLES = {"vgg16": "VGG-16", "resnet56": "ResNet-56", "wrn32_4": "WideResNet-32-4", "mobilenet": "MobileNet"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Results that share data, recipe and length: a table of its own.
+
+    Attributes:
+        data: name of the data set.
+        recipe_name: of the recipe.
+        epochs: of every training; ``None``: the recipe's own.
+        results: in the order of their names.
+    """
+
+    data: str
+    recipe_name: str
+    epochs: int | None
+    results: tuple[CellResult, ...]
+
+    @property
+    def recipe(self) -> str:
+        """The recipe and, where it is not its own, the length."""
+        if self.epochs is None:
+            return self.recipe_name
+        return f"{self.recipe_name}, {self.epochs} epoch{'' if self.epochs == 1 else 's'}"
+
+    @property
+    def is_cross_fitted(self) -> bool:
+        """Whether thresholds come from halves of the test split."""
+        return all(result.n_val == 0 for result in self.results)
+
+    def of(self, network: str, strategy: str) -> list[CellResult]:
+        """A cell under every seed it was run with."""
+        return sorted(
+            (r for r in self.results if r.config.network == network and r.strategy == strategy),
+            key=lambda result: result.config.seed,
+        )
+
+    def networks(self, usual: Sequence[str]) -> list[str]:
+        """The usual networks, run or not, and others that were run."""
+        found = sorted({result.config.network for result in self.results})
+        asked = usual if self.data in TASKS and any(name in usual for name in found) else ()
+        return [*asked, *(name for name in found if name not in asked)]
+
+
+def groups_of(results: Sequence[CellResult], order: Sequence[str]) -> list[Group]:
+    """Results in groups: data sets in an order, others after them, recipes by name and length."""
+    found: dict[tuple[str, str, int | None], list[CellResult]] = {}
+    for result in sorted(results, key=lambda result: result.name):
+        recipe = result.config.recipe
+        found.setdefault((result.config.data, recipe.name, recipe.epochs), []).append(result)
+
+    def place(key: tuple[str, str, int | None]) -> tuple[int, str, str, int]:
+        data, name, epochs = key
+        return order.index(data) if data in order else len(order), data, name, epochs or 0
+
+    return [Group(*key, tuple(found[key])) for key in sorted(found, key=place)]
+
+
+def incomplete_note(group: Group) -> str | None:
+    """What a group lacks of its data set; ``None`` where it has all of it."""
+    sizes = sorted({result.n_train + result.n_val for result in group.results})
+    if all(is_complete(group.data, size) for size in sizes):
+        return None
+    listed = ", ".join(f"{size:,}" for size in sizes)
+    return f"{listed} training images were at hand, of {TASKS[group.data].num_images:,}."
+
+
+def label(strategy: str) -> str:
+    """A strategy as people write it."""
+    return {"ic_only": "IC-only"}.get(strategy, strategy)
+
+
+def title_of_network(name: str) -> str:
+    """A network's name as people write it."""
+    return NETWORK_TITLES.get(name, name)
+
+
+def signed(number: float, digits: int = 2) -> str:
+    """A number with its sign.
+
+    >>> signed(-0.291)
+    '−0.29'
+    """
+    return f"{number:+.{digits}f}".replace("-", "−")
+
+
+def percent(share: float, digits: int = 2) -> str:
+    """A share in per cent, without the sign.
+
+    >>> percent(0.70125, 1)
+    '70.1'
+    """
+    return f"{100 * share:.{digits}f}".replace("-", "−")
+
+
+def mean_text(shares: Sequence[float]) -> str:
+    """The mean in per cent, with the standard deviation where there are several; a dash where there are none.
+
+    >>> mean_text([0.70, 0.72]), mean_text([0.7]), mean_text([])
+    ('71.00 ± 1.41', '70.00', '–')
+    """
+    if not shares:
+        return "–"
+    mean = percent(statistics.fmean(shares))
+    return mean if len(shares) == 1 else f"{mean} ± {percent(statistics.stdev(shares))}"
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table in Markdown, a line per row."""
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def paragraph(text: str) -> list[str]:
+    """Prose in lines of at most 120 characters, however it was laid out in the source."""
+    return textwrap.wrap(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)

@@ -1,0 +1,163 @@
+"""The table of the Shallow-Deep Networks paper as cells: four networks, three data sets, four strategies."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Sequence
+from typing import Any
+
+from shallowdeep.config import RecipeChoice, RunConfig
+from shallowdeep.data.sources import data_sets
+from shallowdeep.errors import ConfigError, UnknownName
+from shallowdeep.networks.zoo import networks as known_networks
+from shallowdeep.studies.cells import Cell, State, Workplace, state_of
+from shallowdeep.studies.estimates import TASKS, Rates, measure_rates, training_flops
+from shallowdeep.training.features import FeatureReuse
+from shallowdeep.training.recipes import RECIPES
+
+DATA = ("cifar10", "cifar100", "tinyimagenet")
+NETWORKS = ("vgg16", "resnet56", "wrn32_4", "mobilenet")
+STRATEGIES = ("plain", "ic_only", "joint", "mixed")
+PASSES = {"fast": 4, "paper": 0}
+"""Recipe to the passes over the training data whose features are recorded for IC-only training; 0: as published."""
+
+
+def paper_cells(
+    *,
+    data: Sequence[str] = DATA,
+    networks: Sequence[str] = NETWORKS,
+    recipes: Sequence[str] = ("fast",),
+    seeds: Sequence[int] = (0,),
+    epochs: int | None = None,
+    threads: int = 1,
+) -> list[Cell]:
+    """The cells of the table, each after the one it starts from.
+
+    ``ic_only`` and ``mixed`` start from the plain cell of the same seed: ``mixed`` is joint training on its
+    backbone, so that the plain phase is not trained twice. Under the recipe ``paper`` no training image is held
+    out.
+
+    Args:
+        data: names of data sets.
+        networks: names of our networks.
+        recipes: ``fast``, ``paper``.
+        seeds: of initial weights, order and augmentation.
+        epochs: length of every training, instead of the recipe's own.
+        threads: of the CPU, in each cell.
+
+    Raises:
+        UnknownName: there is no such data set, network or recipe.
+        ConfigError: a number is out of range.
+    """
+    for kind, names, known in (
+        ("data set", data, data_sets()),
+        ("network", networks, known_networks()),
+        ("recipe", recipes, RECIPES),
+    ):
+        for name in names:
+            if name not in known:
+                raise UnknownName(kind, name, known)
+    if (epochs is not None and epochs < 1) or threads < 1 or min(seeds, default=0) < 0:
+        raise ConfigError(f"epochs and threads are from 1 on, seeds from 0; got {epochs}, {threads}, {list(seeds)}.")
+    cells: list[Cell] = []
+    for recipe in recipes:
+        for seed in seeds:
+            for name in data:
+                for network in networks:
+                    cells += _four_cells(name, network, recipe, seed, epochs, threads)
+    return cells
+
+
+def _four_cells(data: str, network: str, recipe: str, seed: int, epochs: int | None, threads: int) -> list[Cell]:
+    shared: dict[str, Any] = {
+        "data": data,
+        "network": network,
+        "image_size": TASKS[data].image_size if data in TASKS else None,
+        "recipe": RecipeChoice(name=recipe, epochs=epochs),
+        "seed": seed,
+        "threads": threads,
+        "val_size": 0 if recipe == "paper" else None,
+    }
+    length = "" if epochs is None else f"-{epochs}epochs"
+    reuse = FeatureReuse(passes=PASSES.get(recipe, 0))
+    kinds: dict[str, dict[str, Any]] = {
+        "plain": {"strategy": "plain"},
+        "ic_only": {"strategy": "ic_only", "features": reuse},
+        "joint": {"strategy": "joint"},
+        "mixed": {"strategy": "joint"},
+    }
+    found: dict[str, Cell] = {}
+    for strategy, changes in kinds.items():
+        name = f"{data}/{network}/{strategy}-{recipe}{length}-seed{seed}"
+        found[strategy] = Cell(
+            name=name,
+            strategy=strategy,
+            config=RunConfig(**shared, **changes),
+            command=_command(name, data, network, recipe, seed, epochs, threads),
+            init=found["plain"] if strategy in ("ic_only", "mixed") else None,
+        )
+    return list(found.values())
+
+
+def _command(
+    name: str, data: str, network: str, recipe: str, seed: int, epochs: int | None, threads: int
+) -> tuple[str, ...]:
+    words = ["study", "paper", "--only", name]
+    if data not in DATA:
+        words += ["--data", data]
+    if network not in NETWORKS:
+        words += ["--network", network]
+    if recipe != "fast":
+        words += ["--recipe", recipe]
+    if epochs is not None:
+        words += ["--epochs", str(epochs)]
+    if seed != 0:
+        words += ["--seeds", str(seed)]
+    if threads != 1:
+        words += ["--threads", str(threads)]
+    return tuple(words)
+
+
+def select(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
+    """The cells whose name fits one of the patterns, in their order; without patterns all.
+
+    Args:
+        cells: to choose from.
+        patterns: names, in which ``*`` and ``?`` stand for anything.
+
+    Raises:
+        ConfigError: no cell fits a pattern; the nearest names are given.
+    """
+    names = [cell.name for cell in cells]
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern.replace("*", ""), names, n=3, cutoff=0.5)
+            hint = f" Near it: {', '.join(near)}." if near else ""
+            raise ConfigError(f"no cell fits '{pattern}'.{hint} All names: shallowdeep study paper --list")
+    return [cell for cell in cells if not patterns or any(fnmatch.fnmatchcase(cell.name, p) for p in patterns)]
+
+
+def list_cells(cells: Sequence[Cell], place: Workplace) -> list[dict[str, Any]]:
+    """A row per cell: its state, the epochs done, what training it still costs and why it waits.
+
+    The cost is for complete data; hours rest on trainings that lie in the workplace, and are ``None`` before any.
+    """
+    rates = measure_rates(cells, place)
+    rows = [_listed(cell, state_of(cell, place), rates) for cell in cells]
+    return rows if any(row["note"] for row in rows) else [{k: v for k, v in row.items() if k != "note"} for row in rows]
+
+
+def _listed(cell: Cell, state: State, rates: Rates) -> dict[str, Any]:
+    flops, rate = training_flops(cell), rates.of(cell)
+    done = 1.0 if state.word == "done" else min(state.epochs / cell.epochs, 1.0)
+    left = None if flops is None else flops * (1 - done)
+    waits = cell.init is not None and state.word == "blocked"
+    return {
+        "cell": cell.name,
+        "state": state.word,
+        "epochs": f"{state.epochs}/{cell.epochs}",
+        "PFLOP left": None if left is None else f"{left / 1e15:.3g}",
+        "hours left": None if left is None or rate is None else f"{left / rate / 3600:.2f}",
+        "note": f"after {cell.init.name.rpartition('/')[2]}" if waits and cell.init is not None else state.note,
+    }

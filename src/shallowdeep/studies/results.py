@@ -1,0 +1,149 @@
+"""What a cell of a study found, as one small file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from shallowdeep.analysis.budgets import BudgetRow, Budgets
+from shallowdeep.analysis.confusion import Confusion
+from shallowdeep.analysis.overthinking import Overthinking
+from shallowdeep.config import RunConfig
+from shallowdeep.errors import FileFormatError
+from shallowdeep.storage import read_as, read_json
+
+_FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Provenance(BaseModel):
+    """Hardware, versions, data and command behind a result.
+
+    Attributes:
+        command: that makes the cell again.
+        revisions: of the package, at each start of the training.
+        started: when, at each start.
+        compiled: whether PyTorch's compiler made the training step.
+        data_md5: split to fingerprints of its images and labels.
+        accelerator: ``None``: a CPU alone.
+    """
+
+    model_config = _FROZEN
+
+    command: str
+    revisions: tuple[str | None, ...]
+    started: tuple[str, ...]
+    python: str
+    versions: dict[str, str]
+    processor: str
+    cores: int
+    threads: int
+    accelerator: str | None
+    compiled: bool
+    data_md5: dict[str, dict[str, str]]
+
+    @property
+    def hardware(self) -> str:
+        """In a few words."""
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        return self.accelerator or f"{self.processor}, {threads}"
+
+
+class CellResult(BaseModel):
+    """What a cell found on the test split; all shares in [0, 1].
+
+    Attributes:
+        name: of the cell.
+        strategy: as the study calls it; ``mixed`` is joint training that starts from a plain cell.
+        config: of the run; ``init`` is a cell's name.
+        n_train: images trained on.
+        n_val: images that thresholds were chosen on; 0: there were none.
+        n_test: images that all figures are of.
+        taps: of the internal exits.
+        plain_flops: of the network without exits, 2 per multiply-add.
+        costs: of leaving at each exit, as a share of ``plain_flops``.
+        val_accuracy: of each exit on validation; ``None``: there was none.
+        overthinking: of the test split; per-exit and cumulative accuracy are in it.
+        budgets: the paper's columns; ``None``: no internal exits.
+        curve: the same in many small steps of cost; ``None``: not measured.
+        confusion: ``None``: not measured, ``notes`` say why.
+        notes: what could not be measured.
+        epochs: trained, those of the cell it starts from not counted.
+        seconds: that they took, validation not counted.
+        provenance: what the figures rest on.
+    """
+
+    model_config = _FROZEN
+
+    name: str
+    strategy: str
+    config: RunConfig
+    n_train: int = Field(gt=0)
+    n_val: int = Field(ge=0)
+    n_test: int = Field(gt=0)
+    taps: tuple[str, ...]
+    plain_flops: float = Field(gt=0)
+    costs: tuple[float, ...]
+    val_accuracy: tuple[float, ...] | None
+    overthinking: Overthinking
+    budgets: Budgets | None
+    curve: Budgets | None
+    confusion: Confusion | None
+    notes: tuple[str, ...] = ()
+    epochs: int = Field(gt=0)
+    seconds: float = Field(ge=0)
+    provenance: Provenance
+
+    @property
+    def accuracy(self) -> float:
+        """Of the last exit on the test split."""
+        return self.overthinking.accuracy[-1]
+
+    @property
+    def pair(self) -> tuple[Any, ...]:
+        """What this cell shares with the plain network it is compared with, and with its other strategies."""
+        recipe = self.config.recipe
+        return self.config.data, self.config.network, recipe.name, recipe.epochs, self.config.seed
+
+    def within(self, budget: float | None) -> BudgetRow | None:
+        """The paper's column of that name; ``None`` for a network without internal exits."""
+        rows = () if self.budgets is None else self.budgets.table
+        return next((row for row in rows if row.budget == budget), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able values; ``read_result`` reads them back."""
+        return self.model_dump(mode="json")
+
+
+def read_result(path: str | os.PathLike[str]) -> CellResult:
+    """Read back what a cell wrote.
+
+    Raises:
+        FileFormatError: the file is missing or damaged, lacks a field, or has one that this version does not know.
+    """
+    values = read_json(path)
+    try:
+        return read_as(CellResult, values)
+    except TypeError as error:
+        raise FileFormatError(
+            f"{path} is no result of a cell ({error}). Remove it to have it written anew from the cell's run."
+        ) from None
+
+
+def read_results(folder: str | os.PathLike[str]) -> list[CellResult]:
+    """Every result under a folder, by name.
+
+    Raises:
+        FileFormatError: some are damaged; all of them are named.
+    """
+    found, errors = [], []
+    for path in sorted(Path(folder).rglob("*.json")):
+        try:
+            found.append(read_result(path))
+        except FileFormatError as error:
+            errors.append(str(error))
+    if errors:
+        raise FileFormatError("\n".join(errors))
+    return sorted(found, key=lambda result: result.name)

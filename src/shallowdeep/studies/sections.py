@@ -1,0 +1,173 @@
+"""The page's sections behind the table: thresholds, exits, overthinking, confusion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from shallowdeep.studies.claims import label_smoothing
+from shallowdeep.studies.estimates import title_of
+from shallowdeep.studies.layout import (
+    BUDGETS,
+    Group,
+    label,
+    markdown_table,
+    mean_text,
+    paragraph,
+    percent,
+    signed,
+    title_of_network,
+)
+from shallowdeep.studies.paper import NETWORKS
+from shallowdeep.studies.results import CellResult
+
+SCORES = ("confusion", "max-softmax", "entropy")
+_HEADS = ("data", "recipe", "network", "training")
+NOTHING = ["No network with exits has been run yet."]
+
+
+def compare_thresholds(groups: Sequence[Group]) -> list[str]:
+    """Accuracy within budgets: thresholds that other images chose, and those that are best on test."""
+    rows, flattery = [], []
+    for group, network, strategy, runs in _runs_with_exits(groups):
+        cells = []
+        for budget, _ in BUDGETS:
+            found = [row for run in runs if (row := run.within(budget)) is not None]
+            pairs = [
+                (row.accuracy, row.test_chosen_accuracy)
+                for row in found
+                if row.accuracy is not None and row.test_chosen_accuracy is not None
+            ]
+            flattery += [chosen - fair for fair, chosen in pairs]
+            cells.append(" / ".join(mean_text(list(column)) for column in zip(*pairs, strict=True)) or "none")
+        rows.append([*_names(group, network, strategy), *cells])
+    if not rows:
+        return NOTHING
+    mean, most = sum(flattery) / len(flattery), max(flattery)
+    return [
+        *paragraph(
+            f"""The authors' code chooses thresholds on the test images. Left of the slash is the accuracy of the
+            threshold that other images chose, right of it that of the best threshold on test itself, within the same
+            budget. Choosing on test would have added {percent(mean)} points on average, {percent(most)} at most. The
+            left figure can be the higher one where its threshold overruns the budget a little on test."""
+        ),
+        "",
+        *markdown_table([*_HEADS, *(title for _, title in BUDGETS)], rows),
+    ]
+
+
+def show_exits(groups: Sequence[Group]) -> list[str]:
+    """Cost, accuracy and cumulative accuracy of every exit."""
+    found = _runs_with_exits(groups)
+    if not found:
+        return NOTHING
+    internal = max(len(runs[0].costs) for *_, runs in found) - 1
+    rows, before = [], None
+    for group, network, strategy, runs in found:
+        first, blank = runs[0], [""] * (internal + 1 - len(runs[0].costs))
+        if (group, network) != before:
+            costs = [percent(cost, 1) for cost in first.costs]
+            rows.append([*_names(group, network, "*cost*"), *costs[:-1], *blank, costs[-1]])
+            before = group, network
+        columns = [
+            f"{_mean(runs, lambda run, i=i: run.overthinking.accuracy[i])} / "
+            f"{_mean(runs, lambda run, i=i: run.overthinking.cumulative[i])}"
+            for i in range(len(first.costs))
+        ]
+        rows.append([*_names(group, network, strategy), *columns[:-1], *blank, columns[-1]])
+    return [
+        *paragraph(
+            """Accuracy of each exit, and after the slash the share of images that it or an earlier exit gets right.
+            Where the second figure of the last column is the larger one, some exit knew what the end did not."""
+        ),
+        "",
+        *markdown_table([*_HEADS, *(f"exit {i}" for i in range(internal)), "last"], rows),
+    ]
+
+
+def show_overthinking(groups: Sequence[Group]) -> list[str]:
+    """Wasteful and destructive overthinking of every network with exits."""
+    measures: list[tuple[str, Callable[[CellResult], float]]] = [
+        ("wasteful", lambda run: run.overthinking.wasteful),
+        ("of these right at the end", lambda run: run.overthinking.wasteful_and_right),
+        ("destructive", lambda run: run.overthinking.destructive),
+        ("of all errors", lambda run: run.overthinking.destructive_of_errors),
+        ("cost of an oracle", lambda run: run.overthinking.oracle_cost),
+    ]
+    rows = [
+        [*_names(group, network, strategy), *(_mean(runs, measure) for _, measure in measures)]
+        for group, network, strategy, runs in _runs_with_exits(groups)
+    ]
+    if not rows:
+        return NOTHING
+    return [
+        *paragraph(
+            """*Wasteful*: an exit before the last gets the image right, so that all computation after it is wasted.
+            *Destructive*: an earlier exit has it right and the last one wrong. The oracle leaves at the first right
+            exit, and goes to the end where there is none."""
+        ),
+        "",
+        *markdown_table([*_HEADS, *(title for title, _ in measures)], rows),
+    ]
+
+
+def show_confusion(groups: Sequence[Group]) -> list[str]:
+    """How well confusion and the last exit's own scores find its wrong answers."""
+    rows, smoothed = [], []
+    for group, network, strategy, runs in _runs_with_exits(groups):
+        smoothed += [run.name for run in runs if label_smoothing(run)]
+        found = [run.confusion for run in runs if run.confusion is not None and not label_smoothing(run)]
+        if found:
+            means = [
+                " / ".join(
+                    signed(_average(getattr(c, name) for c in found)) for name in ("mean_correct", "mean_wrong")
+                ),
+                f"{_average(c.confidence_correct for c in found):.2f} / "
+                f"{_average(c.confidence_wrong for c in found):.2f}",
+                f"{percent(_average(c.wrong_below_correct_mean for c in found), 1)} / "
+                f"{percent(_average(c.wrong_above_correct_mean_confidence for c in found), 1)}",
+            ]
+            areas = [" / ".join(f"{_average(c.auroc[name] for c in found):.3f}" for name in SCORES)]
+            risks = [" / ".join(f"{_average(c.aurc[name] for c in found):.4f}" for name in SCORES)]
+            rows.append([*_names(group, network, strategy), *means, *areas, *risks])
+    if not rows and not smoothed:
+        return NOTHING
+    lines = [
+        *paragraph(
+            """Confusion is how much the exits disagree with the last one, normalised on training images. The means are
+            over right and wrong answers; *errors missed* is the share of wrong answers that look better than the mean
+            right one, by confusion and by confidence. AUROC (higher is better) and the area under the risk-coverage
+            curve (AURC, lower is better) are of confusion, max-softmax and entropy, in this order, for finding wrong
+            answers."""
+        ),
+        "",
+        *markdown_table(
+            [*_HEADS, "confusion, right / wrong", "confidence, right / wrong", "errors missed, %", "AUROC", "AURC"],
+            rows,
+        ),
+    ]
+    if smoothed:
+        lines += ["", *paragraph(f"Trained with label smoothing and left out: {', '.join(smoothed)}.")]
+    return lines
+
+
+def _names(group: Group, network: str, strategy: str) -> list[str]:
+    return [title_of(group.data), group.recipe, title_of_network(network), label(strategy)]
+
+
+def _runs_with_exits(groups: Sequence[Group]) -> list[tuple[Group, str, str, list[CellResult]]]:
+    return [
+        (group, network, strategy, runs)
+        for group in groups
+        for network in group.networks(NETWORKS)
+        for strategy in ("ic_only", "joint", "mixed")
+        if (runs := group.of(network, strategy))
+    ]
+
+
+def _mean(runs: Sequence[CellResult], value: Callable[[CellResult], float]) -> str:
+    return mean_text([value(run) for run in runs])
+
+
+def _average(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)

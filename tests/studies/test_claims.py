@@ -1,0 +1,190 @@
+"""Each claim's verdict: held, beaten, not held and not tested, from results made up for it."""
+
+from dataclasses import replace
+
+import pytest
+
+from shallowdeep.analysis.backdoor import BackdoorEffect, BackdoorWithPolicy
+from shallowdeep.studies import claims
+from shallowdeep.studies.claims import judge, saved_at_plain_accuracy, spread_over_seeds
+
+CHEAP, HALF, DEAR = (0.72, 0.71, 0.3), (0.71, 0.705, 0.49), (0.70, 0.70, 0.9)
+
+
+def verdicts(claim, *groups):
+    return [claim(list(group)).word for group in groups]
+
+
+@pytest.mark.parametrize(
+    ("claim", "strategy", "data", "bound"),
+    [
+        (claims.half_saved_on_cifar, "joint", "cifar10", 0.5),
+        (claims.quarter_saved_on_tiny, "joint", "tinyimagenet", 0.25),
+        (claims.quarter_saved_by_exits_alone, "ic_only", "cifar100", 0.25),
+    ],
+)
+def test_savings(make_result, claim, strategy, data, bound):
+    def run(saving, accuracy=0.70, seed=0):
+        return make_result(strategy, data=data, seed=seed, curve=[(0.6, 0.6, 0.1), (0.70, accuracy, 1 - saving)])
+
+    plain = [make_result(data=data, seed=seed) for seed in (0, 1)]
+    assert verdicts(
+        claim,
+        [],
+        plain,
+        [run(0.9)],  # its plain network is missing
+        [*plain, run(bound + 0.01), run(bound + 0.2, seed=1)],
+        [*plain, run(bound - 0.01), run(bound + 0.2, seed=1)],
+        [*plain, run(bound - 0.01), run(bound - 0.2, seed=1)],
+        [*plain, run(bound + 0.2, accuracy=0.69)],  # saved on validation, at a loss on test
+    ) == ["not tested yet", "not tested yet", "not tested yet", "beaten", "held", "not held", "not held"]
+    found = claim([*plain, run(bound + 0.1), run(bound + 0.2, seed=1)]).found
+    assert (
+        f"Saved are {100 * bound + 15:.1f} % on average ({100 * bound + 10:.1f} % to {100 * bound + 20:.1f} %)" in found
+    )
+    assert "at +0.00 points from the plain accuracy" in found
+    assert "n = 2 runs on 10,000 test images, ±7.07 points between seeds" in found
+
+
+def test_saving_is_chosen_on_validation(make_result):
+    plain = make_result(accuracy=0.8, val_accuracy=0.7)
+    joint = make_result("joint", curve=[(0.69, 0.9, 0.2), (0.7, 0.6, 0.4), (0.8, 0.8, 0.5)])
+    assert saved_at_plain_accuracy(joint, plain) == (0.6, 0.6)
+    assert saved_at_plain_accuracy(make_result("joint", curve=[(0.69, 0.9, 0.2)]), plain) == (pytest.approx(-0.01), 0.7)
+    without = make_result(accuracy=0.8, n_train=50_000, n_val=0)  # trained on all: halves of test chose
+    joint = make_result("joint", n_train=50_000, n_val=0, curve=[(0.79, 0.79, 0.3), (0.81, 0.8, 0.4)])
+    assert saved_at_plain_accuracy(joint, without) == (0.6, 0.8)
+
+
+def test_accuracy_gained(make_result):
+    def joint(accuracy, **more):
+        return make_result("joint", within={None: (accuracy, 0.8)}, **more)
+
+    plain = make_result()
+    assert verdicts(
+        claims.accuracy_gained,
+        [plain],
+        [plain, joint(0.71)],
+        [plain, joint(0.74)],  # published for this cell: 3.5 points
+        [plain, joint(0.70)],
+        [make_result(data="cifar10"), joint(0.9, data="cifar10")],  # no published counterpart to beat
+    ) == ["not tested yet", "held", "beaten", "not held", "held"]
+    found = claims.accuracy_gained([plain, joint(0.71)]).found
+    assert "The gain is +1.00 points; n = 1 run on 10,000 test images, one seed each." in found
+    assert "In the 1 run with a published counterpart it is +1.00 points, published are +3.50 points" in found
+
+
+def test_gain_up_to(make_result):
+    plain = make_result()
+    runs = [make_result("ic_only", within={None: (accuracy, 0.8)}) for accuracy in (0.72, 0.76, 0.78)]
+    assert verdicts(claims.gain_up_to, [plain], *([plain, run] for run in runs)) == [
+        "not tested yet", "not held", "held", "beaten",
+    ]  # fmt: skip
+    assert (
+        "+2.9 % of the plain accuracy (cifar100/vgg16/ic_only-fast-seed0)" in claims.gain_up_to([plain, runs[0]]).found
+    )
+
+
+def test_joint_training_harmless(make_result):
+    plain = make_result()
+    runs = [make_result("joint", accuracy=accuracy) for accuracy in (0.69, 0.697, 0.703, 0.72)]
+    assert verdicts(claims.joint_training_harmless, [plain], *([plain, run] for run in runs)) == [
+        "not tested yet", "not held", "held", "held", "beaten",
+    ]  # fmt: skip
+    assert "It changes by −1.00 points" in claims.joint_training_harmless([plain, runs[0]]).found
+
+
+def test_wasteful_on_most(make_result):
+    def run(share, data="cifar100", seed=0):
+        return make_result("joint", data=data, seed=seed, wasteful=share)
+
+    assert verdicts(
+        claims.wasteful_on_most,
+        [make_result()],
+        [run(0.5), run(0.77, seed=1)],  # the largest counts
+        [run(0.75)],
+        [run(0.77), run(0.8, data="cifar10")],
+    ) == ["not tested yet", "held", "not held", "not held"]
+    found = claims.wasteful_on_most([run(0.9, data="cifar10"), run(0.77)]).found
+    assert "90.0 % on CIFAR-10, 77.0 % on CIFAR-100" in found
+    assert found.endswith("Not tested on Tiny ImageNet.")
+
+
+def test_half_of_errors_destructive(make_result):
+    def run(share, seed=0):
+        return make_result("ic_only", destructive=share, seed=seed)
+
+    assert verdicts(
+        claims.half_of_errors_destructive, [make_result()], [run(0.3), run(0.7, 1)], [run(0.3)], [run(0.65)]
+    ) == ["not tested yet", "held", "not held", "not held"]
+
+
+def test_confusion_misses_fewer(make_result):
+    def run(missed, area=0.7, seed=0, **more):
+        confusion = {"missed": missed, "missed_by_confidence": 0.2, "area": area, "area_of_confidence": 0.8}
+        return make_result("joint", confusion=confusion, seed=seed, **more)
+
+    assert verdicts(
+        claims.confusion_misses_fewer,
+        [make_result()],
+        [run(0.1, label_smoothing=0.1)],
+        [run(0.1)],
+        [run(0.1, area=0.9)],
+        [run(0.1, area=0.9), run(0.25, area=0.9, seed=1)],
+        [run(0.3)],
+    ) == ["not tested yet", "not tested yet", "held", "beaten", "held", "not held"]
+    found = claims.confusion_misses_fewer([run(0.1), run(0.25, seed=1)]).found
+    assert "misses 17.5 % of the errors by confusion, 20.0 % by confidence" in found
+    assert "fewer in 1 of 2 runs. AUROC 0.700 against 0.800" in found
+
+
+def effect(accuracy: float, with_policy: float | None) -> BackdoorEffect:
+    policy = None if with_policy is None else BackdoorWithPolicy({}, 0.9, with_policy, 0.1, 0.5, 0.5)
+    return BackdoorEffect(
+        10_000, 9_000, 5, (0.9,), (0.1,), (accuracy,), (0.9,), policy, 0.0, 1.0, 0.9, 0.9, {"confusion": 0.8}, {}
+    )
+
+
+def test_backdoor_undone():
+    found = [claims.backdoor_undone([effect(0.12, after)]) for after in (None, 0.85, 0.80, 0.30)]
+    assert [verdict.word for verdict in found] == ["not tested yet", "beaten", "held", "not held"]
+    assert found[1].found == "From 12.0 to 85.0 % (n = 1 run, 9,000 triggered images)."
+    assert claims.backdoor_undone([]).word == "not tested yet"
+
+
+def test_incomplete_and_other_data_test_nothing(make_result):
+    some = {"n_train": 13_500, "n_val": 1_500, "data": "tinyimagenet"}
+    results = [make_result(**some), make_result("joint", curve=[CHEAP], **some)]
+    results += [make_result(data="digits"), make_result("joint", data="digits", curve=[CHEAP])]
+    assert {verdict.word for verdict in judge(results)} == {"not tested yet"}
+    assert len(judge(results)) == 10
+
+
+def test_every_claim_is_judged_from_whole_results(make_result):
+    results = [
+        make_result(strategy, data=data, curve=[CHEAP, HALF, DEAR])
+        for data in ("cifar10", "cifar100", "tinyimagenet")
+        for strategy in ("plain", "ic_only", "joint", "mixed")
+    ]
+    results = [replace_sizes(result) for result in results]
+    assert "not tested yet" not in {verdict.word for verdict in judge(results, [effect(0.1, 0.9)])}
+
+
+def replace_sizes(result):
+    sizes = {"n_train": 90_000, "n_val": 10_000} if result.config.data == "tinyimagenet" else {}
+    return result.model_copy(update=sizes)
+
+
+def test_spread_is_between_seeds_alone(make_result):
+    runs = [make_result("joint", network=network, seed=seed) for network in ("vgg16", "resnet56") for seed in (0, 1)]
+    assert spread_over_seeds(list(zip(runs, (0.1, 0.1, 0.9, 0.9), strict=True))) == 0.0
+    assert spread_over_seeds(list(zip(runs, (0.1, 0.3, 0.9, 0.9), strict=True))) == pytest.approx(0.1)
+    assert spread_over_seeds([(runs[0], 0.1), (runs[2], 0.9)]) is None
+    assert spread_over_seeds([(runs[0], 0.1), (make_result("joint", epochs=25), 0.9)]) is None
+    assert spread_over_seeds([(runs[0], 0.1), (make_result("mixed", seed=1), 0.9)]) is None
+
+
+def test_shares_of_backdoors_are_averaged():
+    two = [effect(0.1, 0.8), effect(0.2, 0.9)]
+    assert "From 15.0 to 85.0 % (n = 2 runs" in claims.backdoor_undone(two).found
+    assert claims.backdoor_undone([replace(two[0], with_policy=None), two[1]]).word == "beaten"

@@ -1,0 +1,154 @@
+"""The page: what was run stands on it, what was not is a dash, and the same results give the same page."""
+
+import json
+import re
+from dataclasses import asdict
+
+import pytest
+from studies.test_claims import effect
+
+from shallowdeep.errors import FileFormatError
+from shallowdeep.storage import write_json
+from shallowdeep.studies.page import page_of, write_page
+
+
+def row_of(page: str, title: str, start: str) -> list[str]:
+    """The cells of the first table row after a title that begins so."""
+    lines = page[page.index(title) :].splitlines()
+    line = next(line for line in lines if line.startswith(f"| {start} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@pytest.fixture
+def results(make_result):
+    """VGG-16 under two seeds, ResNet-56 plain and jointly; the rest of CIFAR-100 is missing."""
+    within = {0.25: None, 0.5: (0.68, 0.51), 0.75: (0.70, 0.74), None: (0.72, 0.9)}
+    return [
+        make_result(seed=0),
+        make_result(seed=1, accuracy=0.72),
+        make_result("ic_only", seed=0, within=within),
+        make_result("joint", seed=0, within={**within, 0.25: (0.5, 0.24)}),
+        make_result("joint", seed=1, accuracy=0.73, within={**within, 0.75: (0.71, 0.75), 0.25: (0.52, 0.26)}),
+        make_result("mixed", seed=0, within=within),
+        make_result(network="resnet56", accuracy=0.68),
+        make_result("joint", network="resnet56", within=within),
+    ]
+
+
+def test_the_papers_layout(results):
+    page = page_of(results)
+    assert row_of(page, "## CIFAR-100", "VGG-16") == [
+        "VGG-16",
+        "2/1/2",
+        "71.00 ± 1.41",
+        "none · 51.00 ± 1.41 <sub>25.0</sub>",
+        "68.00 <sub>51.0</sub> · 68.00 ± 0.00 <sub>51.0</sub>",
+        "**70.00** <sub>74.0</sub> · 70.50 ± 0.71 <sub>74.5</sub>",  # the seed's own network decides what is bold
+        "**72.00** <sub>90.0</sub> · **72.00 ± 0.00** <sub>90.0</sub>",
+    ]
+    assert row_of(page, "## CIFAR-100", "ResNet-56")[3:5] == ["– · none", "– · **68.00** <sub>51.0</sub>"]
+    assert row_of(page, "## CIFAR-100", "MobileNet")[1:] == ["–", "–", "– · –", "– · –", "– · –", "– · –"]
+    assert row_of(page, "Mixed training", "VGG-16")[3:5] == ["none", "68.00 <sub>51.0</sub>"]
+    assert "Not run yet: CIFAR-10, Tiny ImageNet." in page
+    assert "Seeds 0, 1; 10,000 test images." in page
+
+
+def test_every_section_has_its_figures(results):
+    page = page_of(results)
+    for words in (
+        ("beside thresholds from test", "CIFAR-100 | fast | ResNet-56 | joint", "68.00 / 69.00"),
+        ("## Exit by exit", "CIFAR-100 | fast | VGG-16 | *cost*", "101.0"),
+        ("## Exit by exit", "CIFAR-100 | fast | VGG-16 | IC-only", "60.00 / 65.00"),
+        ("## Overthinking", "CIFAR-100 | fast | VGG-16 | joint", "80.00 ± 0.00"),
+        ("## Confusion", "CIFAR-100 | fast | ResNet-56 | joint", "0.700 / 0.800 / 0.800"),
+        ("## Confusion", "CIFAR-100 | fast | ResNet-56 | joint", "−0.30 / +0.70"),
+        ("## Published", "CIFAR-100 | VGG-16 | published", "74.4 (+3.50)"),
+        ("## Published", "CIFAR-100 | VGG-16 | ours, fast", "72.00 ± 0.00 / 73.00 ± 0.00 (+1.00)"),
+        ("## How it was run", "CIFAR-100 | fast | VGG-16", "10.0 (30)"),
+    ):
+        assert words[2] in row_of(page, *words[:2]), words
+    assert "Choosing on test would have added 1.00 points on average, 1.00 at most." in " ".join(page.split())
+    assert "a processor, 1 thread; PyTorch 2.13.0, Python 3.11.7: 8 cells, 1.3 hours of training" in page
+    assert "shallowdeep study paper --only 'cifar100/*' --recipe fast --seeds 0,1" in page
+    for claim in ("**Held.**", "**Not held.**", "**Not tested yet.**"):
+        assert claim in page
+
+
+def test_label_smoothing_shows_in_no_confusion(make_result):
+    page = page_of([make_result(), make_result("joint", label_smoothing=0.1)])
+    section = page[page.index("## Confusion") : page.index("## Published")]
+    assert "| joint |" not in section
+    assert "left out: cifar100/vgg16/joint-fast-seed0" in " ".join(section.split())
+
+
+def test_incomplete_data_is_marked(make_result):
+    page = page_of([make_result(data="tinyimagenet", n_train=13_500, n_val=1_500)])
+    assert "**Not comparable with published figures:** 15,000 training images were at hand, of 100,000." in page
+    assert "ours, fast" not in page
+
+
+def test_cross_fitted_thresholds_are_named(make_result):
+    page = page_of([make_result(recipe="paper", n_train=50_000, n_val=0)])
+    assert "thresholds come from cross-fitted halves of the test images" in " ".join(page.split())
+    assert "cross-fitted" not in page_of([make_result()]).split("## Published")[0]
+
+
+def test_lengths_stand_apart(make_result):
+    page = page_of([make_result(), make_result(epochs=25, accuracy=0.6)])
+    assert "### Recipe fast\n" in page
+    assert row_of(page, "### Recipe fast, 25 epochs", "VGG-16")[2] == "60.00"
+
+
+def written(results, folder):
+    for result in results:
+        write_json(folder / f"{result.name}.json", result.to_dict())
+    return folder
+
+
+def test_the_same_results_give_the_same_page(results, tmp_path):
+    folder = written(results, tmp_path / "results")
+    assert write_page(folder, tmp_path / "one.md") == len(results)
+    write_page(folder, tmp_path / "two.md")
+    assert (tmp_path / "one.md").read_bytes() == (tmp_path / "two.md").read_bytes()
+    assert (tmp_path / "one.md").read_text() == page_of(results[::-1])
+
+
+def test_prose_and_tables_are_well_formed(results):
+    for line in page_of(results).splitlines():
+        assert len(line) <= 120 or line.startswith(("|", "shallowdeep"))
+    tables = re.findall(r"(?:^\|.*\n)+", page_of(results), re.MULTILINE)
+    assert len(tables) >= 9
+    for table in tables:
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def test_by_the_command_line_with_a_backdoor(results, shell, tmp_path):
+    folder = written(results, tmp_path / "results")
+    values = asdict(effect(0.12, 0.85))
+    (tmp_path / "backdoor.json").write_text(json.dumps({**values, "config": {}}))
+    code, out, errors = shell(
+        "study", "paper", "--table", "--results", folder, "--out", tmp_path / "page.md",
+        "--backdoor", tmp_path / "backdoor.json",
+    )  # fmt: skip
+    assert code == 0, errors
+    assert out == f"8 cells are in {tmp_path / 'page.md'}\n"
+    assert "From 12.0 to 85.0 %" in " ".join((tmp_path / "page.md").read_text().split())
+
+
+def test_damaged_results_make_no_page(results, tmp_path):
+    folder = written(results, tmp_path / "results")
+    damaged = [folder / f"{result.name}.json" for result in results[:2]]
+    damaged[0].write_text("{")
+    damaged[1].write_text("{}")
+    (tmp_path / "page.md").write_text("as it was")
+    with pytest.raises(FileFormatError) as caught:
+        write_page(folder, tmp_path / "page.md")
+    assert all(str(path) in str(caught.value) for path in damaged)
+    assert (tmp_path / "page.md").read_text() == "as it was"
+
+
+def test_a_backdoor_that_is_none(results, tmp_path):
+    folder = written(results, tmp_path / "results")
+    (tmp_path / "backdoor.json").write_text("{}")
+    with pytest.raises(FileFormatError, match="no result of a backdoor study"):
+        write_page(folder, tmp_path / "page.md", [tmp_path / "backdoor.json"])
