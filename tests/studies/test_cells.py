@@ -14,6 +14,7 @@ from filelock import FileLock
 from studies.conftest import TINY, small_cells
 
 from shallowdeep.errors import ConfigError, FileFormatError
+from shallowdeep.storage import read_json, write_json
 from shallowdeep.studies import cells as cells_module
 from shallowdeep.studies.cells import Workplace, run_cell, state_of
 from shallowdeep.studies.results import read_result
@@ -85,6 +86,12 @@ def test_the_workplace_does_not_matter(finished, cells, tmp_path):
     joint = cells[2]
     place.result_of(joint).unlink()
     assert state_of(joint, place) == cells_module.State("begun", 1)
+    exits = cells[1]
+    config = read_json(place.run_of(exits) / "config.json")
+    config["features"]["folder"] = "elsewhere"
+    write_json(place.run_of(exits) / "config.json", config)
+    place.result_of(exits).unlink()
+    assert state_of(exits, place) == cells_module.State("begun", 1)
     mixed = cells[3]
     place.result_of(mixed).unlink()
     assert state_of(mixed, place) == cells_module.State("begun", 1)

@@ -161,7 +161,10 @@ def essence(cell: Cell) -> RunConfig:
 
 
 def _without_places(config: RunConfig, init: str | None) -> RunConfig:
-    return config.model_copy(update={"init": init, "data_dir": None, "device": "auto", "compile": False})
+    features = config.features.model_copy(update={"folder": None})
+    return config.model_copy(
+        update={"init": init, "data_dir": None, "device": "auto", "compile": False, "features": features}
+    )
 
 
 def _finished(cell: Cell, place: Workplace) -> State:
