@@ -1,9 +1,13 @@
+import errno
+import os
+from unittest.mock import Mock
+
 import pytest
 from typer.testing import CliRunner
 
 from shallowdeep.cli import app
 from shallowdeep.config import load_config
-from shallowdeep.errors import ConfigError, UnknownName
+from shallowdeep.errors import ConfigError, FileFormatError, UnknownName
 from shallowdeep.policies.rules import Confidence
 from shallowdeep.runs import Run
 from shallowdeep.storage import read_json, write_json
@@ -69,6 +73,55 @@ def test_a_target_that_is_no_class_is_named(tmp_path):
     with pytest.raises(UnknownName, match="no class 'dog'"):
         run.fit(progress=False)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"backdoor.target": 99}, ConfigError, "target = 99 is no class"),
+        ({"backdoor.row": 30}, ConfigError, "does not fit images of 32 x 32"),
+    ],
+)
+def test_what_recording_would_stumble_over_is_said_before_the_training(tmp_path, changes, error, message):
+    run = Run.create(
+        tmp_path / "x", load_config(changes=ATTACK | {"backdoor.rate": 0.0, "strategy": "plain"} | changes)
+    )
+    with pytest.raises(error, match=message):
+        run.fit(progress=False)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_rate_without_a_target_is_refused():
+    with pytest.raises(ConfigError, match="a rate without a target poisons nothing"):
+        load_config(changes={"backdoor.rate": 0.3})
+
+
+def test_recording_features_that_fails_leaves_nothing(runs, tmp_path, monkeypatch):
+    changes = {"strategy": "ic_only", "init": str(runs / "plain"), "features.passes": 1}
+    run = Run.create(tmp_path / "x", load_config(changes=ATTACK | changes))
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "exit0.bin")
+    monkeypatch.setattr("shallowdeep.training.columns._append", Mock(side_effect=full))
+    with pytest.raises(OSError, match=r"No space left.*exit0.bin"):
+        run.fit(progress=False)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_run_on_all_images_is_analysed_without_a_validation_split(runs, tmp_path):
+    changes = {
+        "strategy": "ic_only",
+        "init": str(runs / "plain"),
+        "val_size": 0,
+        "recipe.epochs": 1,
+        "backdoor.rate": 0.0,
+    }
+    run = Run.create(tmp_path / "x", load_config(changes=ATTACK | changes))
+    run.fit(progress=False)
+    assert set(run.record(progress=False)) == {"train", "test", "triggered"}
+    found = run.analyze()
+    assert found["budgets"].chosen_on.startswith("cross-fitted")
+    assert {"overthinking", "budgets", "confusion", "backdoor"} <= set(found)
+    with pytest.raises(FileFormatError, match=r"held no images out \(val_size=0\)"):
+        run.calibrate(max_cost=0.5)
 
 
 def test_a_misspelt_setting_is_named():

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shallowdeep.data.triggers import Backdoor, Stamp
 from shallowdeep.errors import ConfigError
@@ -61,6 +61,12 @@ class BackdoorChoice(BaseModel):
     side: int = Field(default=5, gt=0, description="of the stamp, a white square, in pixels")
     row: int = Field(default=26, ge=0)
     column: int = Field(default=26, ge=0)
+
+    @model_validator(mode="after")
+    def _has_a_target(self) -> BackdoorChoice:
+        if self.rate and self.target is None:
+            raise ValueError("a rate without a target poisons nothing: set backdoor.target")
+        return self
 
     def build(self) -> Backdoor | None:
         """The attack, if there is a target."""

@@ -20,14 +20,14 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from shallowdeep.analysis.backdoor import measure_backdoor
-from shallowdeep.analysis.budgets import measure_budgets
+from shallowdeep.analysis.budgets import cross_fit_budgets, measure_budgets
 from shallowdeep.analysis.confusion import measure_confusion
 from shallowdeep.analysis.overthinking import measure_overthinking
 from shallowdeep.config import RunConfig, explain
 from shallowdeep.data.samples import SPLITS, IndexedSamples, Splits
 from shallowdeep.data.sources import load_data
 from shallowdeep.data.text import TEXTS
-from shallowdeep.data.triggers import poison, triggered
+from shallowdeep.data.triggers import poison, stamp, triggered
 from shallowdeep.errors import ConfigError, FileFormatError, TraceError, UnknownName
 from shallowdeep.inference.onnx.export import Export, export
 from shallowdeep.networks.attach import attach
@@ -43,6 +43,7 @@ from shallowdeep.provenance import describe_environment
 from shallowdeep.storage import load_tensors, making, read_json, sweep, write_json, write_text
 from shallowdeep.traces.record import record
 from shallowdeep.traces.trace import Trace
+from shallowdeep.training.features import drop_features
 from shallowdeep.training.loop import fit
 from shallowdeep.training.strategies import named_strategy
 
@@ -174,7 +175,12 @@ class Run:
         if self.config.starts_trained and ":" in self.config.network:
             data = self.load_data(self.build_network(data))  # only the network knows how its images are prepared
         backdoor = self.config.backdoor.build()
-        return data if backdoor is None or not backdoor.rate else replace(data, train=poison(data.train, backdoor))
+        if backdoor is None:
+            return data
+        # what recording would stumble over is said before the training
+        stamp(data.train.subset(range(1)) if isinstance(data.train, IndexedSamples) else data.train, backdoor.stamp)
+        backdoor.target_in(data.class_names)
+        return replace(data, train=poison(data.train, backdoor)) if backdoor.rate else data
 
     @contextmanager
     def _begun(self, data: Splits) -> Iterator[None]:
@@ -192,6 +198,7 @@ class Run:
             yield
         except Exception:
             if not (self.folder / "checkpoint.pt").exists():
+                drop_features(self.folder)
                 for name in names:
                     (self.folder / name).unlink(missing_ok=True)
                     if name in before:  # an archived run has no checkpoint, and is a run all the same
@@ -260,6 +267,11 @@ class Run:
         if split not in RECORDED:
             raise UnknownName("split", split, RECORDED)
         path = self.folder / "traces" / f"{split}.safetensors"
+        if split == "val" and self.config.val_size == 0:
+            raise FileFormatError(
+                f"{self.folder} held no images out (val_size=0), so there is nothing to choose a threshold on. "
+                "Train with a validation split."
+            )
         if not path.exists():
             others = sorted(file.stem for file in path.parent.glob("*.safetensors"))
             hint = f"Make it: shallowdeep record {self.folder}"
@@ -272,7 +284,11 @@ class Run:
         """Every analysis of the recorded splits, also written to ``results/``."""
         test = self.trace("test")
         single = test.num_exits == 1
-        found = analyze_traces(test, *(None if single else self.trace(split) for split in ("val", "train")))
+        held_out = self.config.val_size != 0
+        val = self.trace("val") if held_out and not single else None
+        found = analyze_traces(test, val, None if single else self.trace("train"))
+        if not held_out and not single:
+            found["budgets"] = cross_fit_budgets(test)
         backdoor = self.config.backdoor.build()
         if backdoor is not None and not single:
             policy = self.policy() if (self.folder / "policy.json").exists() else None

@@ -150,6 +150,61 @@ def test_a_vision_transformer_is_seen_over_the_image(exit):
     assert "embeddings" in found.site
 
 
+class Patches(nn.Module):
+    """Tokens of an image's patches behind some other ones; the answer is how bright the brightest patch is."""
+
+    def __init__(self, side, others):
+        super().__init__()
+        self.side, self.others = side, others
+        self.embed, self.mix, self.head = nn.Identity(), nn.Linear(1, 1), nn.Linear(1, 2)
+
+    def forward(self, x):
+        patches = F.avg_pool2d(x, self.side).flatten(2).mean(1)[..., None]
+        tokens = self.embed(torch.cat([torch.zeros(len(x), self.others, 1), patches], dim=1))
+        return self.head(self.mix(tokens).amax(1))
+
+
+@pytest.mark.parametrize(("shape", "others", "patch"), [((32, 32), 0, 5), ((32, 32), 1, 2), ((32, 64), 5, 11)])
+def test_a_bright_patch_lights_up_where_it_is(shape, others, patch):
+    net = Patches(8, others)
+    with torch.no_grad():
+        net.mix.weight.fill_(1.0)
+        net.head.weight.copy_(torch.tensor([[1.0], [-1.0]]))
+    image = torch.full((1, 1, *shape), 0.1)
+    row, column = divmod(patch, shape[1] // 8)
+    image[:, :, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8] = 5.0
+    sdn = attach(net, image.repeat(4, 1, 1, 1), taps=["mix"])
+    map = gradcam(sdn, image, classes=torch.tensor([0])).maps[0]
+    assert map.shape == shape
+    assert divmod(int(map.argmax()), shape[1]) in [(row * 8 + i, column * 8 + j) for i in range(8) for j in range(8)]
+    assert map[row * 8 + 4, column * 8 + 4] > 0.8
+
+
+def test_maps_with_their_channels_last():
+    class Last(nn.Module):
+        def forward(self, x):
+            return x.permute(0, 2, 3, 1)
+
+    net = nn.Sequential(nn.Conv2d(1, 3, 1, bias=False), Last(), nn.Flatten(), nn.Linear(192, 2))
+    sdn = attach(net, torch.zeros(4, 1, 8, 8), taps=["1"])
+    with torch.no_grad():
+        net[0].weight.fill_(1.0)
+        net[3].weight.fill_(1.0)
+    found = gradcam(sdn, IMAGES, classes=torch.zeros(5, dtype=torch.int64), site="1")
+    assert torch.allclose(found.maps, stretched(IMAGES[:, 0].clamp(min=0)), atol=1e-6)
+
+
+def test_guided_through_a_relu6():
+    found = gradcam(two_maps(nn.ReLU6()), 10 * IMAGES, classes=torch.zeros(5, dtype=torch.int64), guided=True)
+    open = (10 * IMAGES > 0) & (10 * IMAGES < 6)
+    assert torch.allclose(found.guided, open.float() / 64 * found.maps[:, None], atol=1e-7)
+
+
+def test_without_relus_nothing_is_guided():
+    with pytest.raises(NetworkError, match="has none"):
+        gradcam(two_maps(nn.GELU()), IMAGES, guided=True)
+
+
 def test_a_sequence_has_a_number_for_each_token():
     class Reads(nn.Module):
         """The answer is the third token's first feature."""
@@ -184,6 +239,7 @@ def test_a_sequence_has_a_number_for_each_token():
         ({"site": "fc"}, NetworkError, "neither maps"),
         ({"classes": torch.tensor([1])}, ConfigError, r"shape \(1,\) for 6 samples"),
         ({"classes": torch.full((6,), 10)}, ConfigError, "from 0 to 9"),
+        ({"batch_size": 0}, ConfigError, "batch_size=0"),
         ({"exit": 0, "site": "layer3"}, NetworkError, "does not depend on 'layer3'"),
     ],
 )

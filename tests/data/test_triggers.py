@@ -109,7 +109,7 @@ def test_the_rate_is_a_share_of_all_images():
     data = make_set(200, labels=torch.arange(200) // 50 % 2)  # half are of the target class, and never poisoned
     found = poison(data, Backdoor("dog", 0.25, stamp=SMALL))
     check_poisoned(data, found, target=1, count=50)
-    assert (found.name, found.split) == ("pets, poisoned", "train")
+    assert (found.name, found.split) == (f"pets, {Backdoor('dog', 0.25, 0, SMALL)}", "train")
 
 
 def poisoned_rows(data, **settings):

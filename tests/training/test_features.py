@@ -1,15 +1,19 @@
 import copy
 import shutil
 from dataclasses import dataclass, replace
+from threading import Thread
+from unittest.mock import Mock
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 
 from shallowdeep.data.samples import Augmentation
 from shallowdeep.data.tensors import TensorSet
 from shallowdeep.errors import ConfigError, FileFormatError
 from shallowdeep.networks.exits import InternalClassifier, ReducingHead, TokenClassifier, VectorClassifier
+from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.networks.taps import run_until
 from shallowdeep.training.features import FeatureReuse
 from shallowdeep.training.loop import _epoch_seed, fit
@@ -58,12 +62,19 @@ def without_seconds(history):
     return [{key: value for key, value in record.items() if "seconds" not in key} for record in history]
 
 
-def count_backbone(monkeypatch, sdn_class):
-    """Samples that went through a backbone."""
+EXAMPLE = 4  # samples of each split that tell what the network makes of them
+
+
+def watch_backbone(monkeypatch):
+    """Inputs that go through a backbone."""
     seen = []
-    run = sdn_class.run_backbone
-    monkeypatch.setattr(sdn_class, "run_backbone", lambda self, x: (seen.append(len(x)), run(self, x))[1])
+    run = ShallowDeepNetwork.run_backbone
+    monkeypatch.setattr(ShallowDeepNetwork, "run_backbone", lambda self, x: (seen.append(x), run(self, x))[1])
     return seen
+
+
+def rows(inputs):
+    return sum(len(x) for x in inputs)
 
 
 def test_recorded_features_train_the_same_exits_bit_for_bit(build, plainly):
@@ -97,9 +108,10 @@ def test_a_pass_sees_the_crops_that_its_epoch_would_have_seen(build, little, tmp
 
 
 def test_the_backbone_runs_once_a_pass(build, little, monkeypatch):
-    seen = count_backbone(monkeypatch, type(build()))
+    seen = watch_backbone(monkeypatch)
     fit(build(), little, strategy="ic_only", recipe=RECIPE, features=FeatureReuse(passes=2), progress=False)
-    assert sum(seen) == 2 * len(little.train) + len(little.val)
+    assert rows(seen) == 2 * len(little.train) + len(little.val) + 2 * EXAMPLE
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen if len(x) != EXAMPLE)
 
 
 def test_epochs_take_turns_among_the_passes(build, little, monkeypatch):
@@ -131,9 +143,9 @@ def replace_batch(size):
 def test_a_folder_is_shared_by_strategies_and_kept(build, little, tmp_path, monkeypatch):
     reuse = FeatureReuse(passes=1, folder=str(tmp_path / "kept"))
     trained(build, little, reuse)
-    seen = count_backbone(monkeypatch, type(build()))
+    seen = watch_backbone(monkeypatch)
     fit(build(seed=0), little, strategy="distil", recipe=RECIPE, features=reuse, progress=False)
-    assert seen == []
+    assert rows(seen) == 2 * EXAMPLE
 
 
 def test_the_runs_own_features_go_when_it_is_trained(build, little, tmp_path):
@@ -153,10 +165,10 @@ def test_killed_while_exits_train_it_goes_on_from_what_was_recorded(build, littl
     assert (tmp_path / "features" / "train-1" / "manifest.json").exists()
     if not left:
         shutil.rmtree(tmp_path / "features" / "train-1")  # as if killed while that was recorded
-    seen = count_backbone(monkeypatch, type(build()))
+    seen = watch_backbone(monkeypatch)
     sdn = build()
     fit(sdn, little, strategy=phases, features=reuse, folder=tmp_path, resume=True, progress=False)
-    assert sum(seen) == (0 if left else len(little.train))
+    assert rows(seen) == 2 * EXAMPLE + (0 if left else len(little.train))
     assert all(torch.equal(whole[name], tensor) for name, tensor in sdn.state_dict().items())
     assert not (tmp_path / "features").exists()
 
@@ -164,13 +176,80 @@ def test_killed_while_exits_train_it_goes_on_from_what_was_recorded(build, littl
 def test_features_of_other_weights_or_data_are_refused(build, little, tmp_path):
     reuse = FeatureReuse(passes=1, folder=str(tmp_path / "kept"))
     trained(build, little, reuse)
-    with pytest.raises(ConfigError, match=r"another run .backbone differ"):
+    with pytest.raises(ConfigError, match=r"another run \(backbone, features differ"):
         fit(build(seed=1), little, strategy="ic_only", recipe=RECIPE, features=reuse, progress=False)
     less = replace(little, train=little.train.subset(range(200)))
     with pytest.raises(ConfigError, match="samples"):
         fit(build(), less, strategy="ic_only", recipe=RECIPE, features=reuse, progress=False)
     with pytest.raises(ConfigError, match="augment, seed"):
         fit(build(), replace(little, augment=None), strategy="ic_only", recipe=RECIPE, features=reuse, progress=False)
+
+
+def test_what_the_network_makes_of_the_samples_tells_features_apart(build, plainly, tmp_path):
+    reuse = FeatureReuse(passes=1, folder=str(tmp_path))
+    trained(build, plainly, reuse)
+    brighter = replace(plainly, train=replace(plainly.train, mean=(0.2, 0.2, 0.2)))
+    with pytest.raises(ConfigError, match=r"inputs, features differ"):
+        fit(build(), brighter, strategy="ic_only", recipe=RECIPE, features=reuse, progress=False)
+    smoother = build()
+    smoother.backbone[2] = nn.GELU()  # the same weights in another network
+    with pytest.raises(ConfigError, match=r"another run \(features differ"):
+        fit(smoother, plainly, strategy="ic_only", recipe=RECIPE, features=reuse, progress=False)
+
+
+def test_a_stream_has_no_folder(build, plainly, tmp_path):
+    reuse = FeatureReuse(passes=1, folder=str(tmp_path / "kept"))
+    batches = [batch.inputs for batch in plainly.train.batches(64)]
+    with pytest.raises(ConfigError, match=r"is a stream\. Leave it out"):
+        fit(build(), batches, strategy="distil", recipe=RECIPE, features=reuse, progress=False)
+
+
+def test_begun_anew_a_run_forgets_what_was_recorded(build, little, tmp_path):
+    phases = named_strategy("ic_only", build(), RECIPE)
+    doomed = replace(phases[0], objective=DiesAt(phases[0].objective, 2))
+    with pytest.raises(KeyboardInterrupt):
+        fit(build(), little, strategy=(doomed,), features=ONCE, folder=tmp_path, progress=False)
+    other, _ = trained(build, little, ONCE, folder=tmp_path, seed=1)
+    assert not (tmp_path / "features").exists()
+    assert all(torch.equal(tensor, trained(build, little, ONCE, seed=1)[0][name]) for name, tensor in other.items())
+
+
+def test_features_left_by_a_run_that_is_trained_go_when_it_is_resumed(build, little, tmp_path):
+    trained(build, little, ONCE, folder=tmp_path)
+    (tmp_path / "features" / "val").mkdir(parents=True)  # killed between the last epoch and that
+    trained(build, little, ONCE, folder=tmp_path, resume=True)
+    assert not (tmp_path / "features").exists()
+
+
+def test_features_are_of_the_recipes_precision(build, little, tmp_path):
+    recipe = Recipe(**{**RECIPE.model_dump(), "precision": "bf16", "epochs": 1})
+    reuse = FeatureReuse(passes=1, folder=str(tmp_path))
+    fit(build(), little, strategy="ic_only", recipe=recipe, features=reuse, progress=False)
+    kept = torch.from_file(str(tmp_path / "val" / "exit2.bin"), size=len(little.val) * 10)
+    assert torch.equal(kept, kept.bfloat16().float())
+    with pytest.raises(ConfigError, match="precision"):
+        fit(build(), little, strategy="ic_only", recipe=RECIPE, features=reuse, progress=False)
+
+
+def test_two_runs_on_one_folder_take_turns(build, little, tmp_path):
+    reuse = FeatureReuse(passes=1, folder=str(tmp_path))
+    lock = FileLock(tmp_path / "train-0.lock")
+    waiting = Thread(target=trained, args=(build, little, reuse))
+    with lock:
+        waiting.start()
+        waiting.join(timeout=1.0)
+        assert waiting.is_alive()
+        assert not (tmp_path / "train-0").exists()
+    waiting.join()
+    assert (tmp_path / "train-0" / "manifest.json").exists()
+
+
+def test_too_little_room_is_noticed_at_the_beginning(build, little, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: Mock(free=1_000))
+    reuse = FeatureReuse(passes=1, folder=str(tmp_path / "kept"))
+    with pytest.raises(ConfigError, match=r"has 0.0 GB left, and a pass needs .*features.folder"):
+        fit(build(), little, strategy="ic_only", recipe=RECIPE, features=reuse, progress=False)
+    assert not (tmp_path / "kept" / "train-0").exists()
 
 
 @pytest.mark.parametrize("damage", ["short", "manifest", "missing"])
@@ -181,7 +260,7 @@ def test_damaged_features_are_named(build, little, tmp_path, damage):
         path = tmp_path / "train-0" / "exit1.bin"
         path.write_bytes(path.read_bytes()[:-4])
     elif damage == "manifest":
-        (tmp_path / "train-0" / "manifest.json").write_text('{"key": {}, "rows": "many", "columns": {}}')
+        (tmp_path / "train-0" / "manifest.json").write_text('{"about": {}, "rows": "many", "columns": {}}')
     else:
         (tmp_path / "train-0" / "labels.bin").unlink()
     with pytest.raises(FileFormatError, match=r"train-0 is damaged.*Remove it"):

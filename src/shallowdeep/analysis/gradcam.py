@@ -20,6 +20,8 @@ from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.networks.taps import first_tensor, replaced, tapped, watched
 from shallowdeep.progress import track
 
+MOST_OTHER_TOKENS = 8  # class, distillation and register tokens
+
 
 @dataclass(frozen=True)
 class Saliency:
@@ -68,7 +70,7 @@ def gradcam(
         site: submodule whose features are looked at. ``None``: the exit's own tap; of the last exit, the last
             feature map larger than one pixel (with tokens, the first sequence of the deepest tap's shape).
         guided: also guided Grad-CAM: the gradient of the class's logit with respect to the image, let through every
-            ReLU only where it is positive, times the map. Only images have it.
+            ReLU and ReLU6 only where it is positive, times the map. Only images have it, in networks with such.
         batch_size: samples at a time.
         progress: draw a bar on the terminal.
 
@@ -85,6 +87,8 @@ def gradcam(
         raise NetworkError(f"no exit {exit}: this network has exits 0 to {sdn.num_exits - 1}.")
     exit %= sdn.num_exits
     number = _count(inputs, classes, sdn.num_outputs)
+    if batch_size < 1:
+        raise ConfigError(f"a batch has one sample at least, got batch_size={batch_size}.")
     device = next(sdn.parameters()).device
     starts = track(range(0, number, batch_size), -(-number // batch_size), f"Grad-CAM exit {exit}", shown=progress)
     parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
@@ -125,6 +129,8 @@ class _Look:
             wanted = logits.gather(1, chosen[:, None]).sum()
         gradient = _gradient(wanted, features, f"exit {self.exit}'s answer does not depend on '{self.site}'")
         image = inputs if isinstance(inputs, Tensor) and inputs.ndim == 4 else None
+        if not self.tokens and any(getattr(head, "channels_last", False) for head in self.sdn.exits):
+            features, gradient = features.permute(0, 3, 1, 2), gradient.permute(0, 3, 1, 2)  # as Swin gives them
         maps = _of_tokens(features, gradient, image) if self.tokens else _of_maps(features, gradient, image)
         signed = None
         if guided:
@@ -147,25 +153,27 @@ class _Look:
 
     def _guided(self, image: Tensor, classes: Tensor) -> Tensor:
         seen = image.detach().clone().requires_grad_()
-        with torch.enable_grad(), _GuidedReLUs():
+        with torch.enable_grad(), _GuidedReLUs() as relus:
             with tapped(self.sdn.backbone, self.sdn.taps) as found:
                 last = self.sdn.run_backbone(seen * 1.0)
             internal = self.exit < len(self.sdn.exits)
             logits = self.sdn.exits[self.exit](found[self.sdn.taps[self.exit]]) if internal else last
             wanted = logits.gather(1, classes[:, None]).sum()
+        if not relus.met:
+            raise NetworkError("guided Grad-CAM needs ReLUs, and this network has none. Leave guided out.")
         return _gradient(wanted, seen, f"exit {self.exit}'s answer does not depend on the image")
 
 
 class _GuidedReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.clamp(min=0)
+    def forward(ctx: Any, x: Tensor, most: float) -> Tensor:
+        ctx.save_for_backward((x > 0) & (x < most))
+        return x.clamp(0, most)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return gradient.clamp(min=0) * (x > 0)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (open_,) = ctx.saved_tensors
+        return gradient.clamp(min=0) * open_, None
 
 
 class _GuidedReLUs(TorchFunctionMode):
@@ -173,30 +181,59 @@ class _GuidedReLUs(TorchFunctionMode):
 
     RELUS = frozenset({torch.relu, torch.relu_, F.relu, F.relu_, Tensor.relu, Tensor.relu_})
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.met = 0
+
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        most = self._most(func, args, kwargs)
+        if most is None:
+            return func(*args, **kwargs)
+        self.met += 1
+        return _GuidedReLU.apply(args[0] if args else kwargs["input"], most)
+
+    def _most(self, func: Callable[..., Any], args: Any, kwargs: Any) -> float | None:
+        """The largest value a ReLU lets through; ``None``: it is no ReLU."""
         if func in self.RELUS:
-            return _GuidedReLU.apply(args[0] if args else (kwargs or {})["input"])
-        return func(*args, **(kwargs or {}))
+            return math.inf
+        if func is F.relu6:
+            return 6.0
+        if func is not F.hardtanh:  # what the module ReLU6 calls
+            return None
+        low, high = (
+            kwargs.get(name, args[i] if len(args) > i else None) for i, name in ((1, "min_val"), (2, "max_val"))
+        )
+        return high if low == 0 else None
 
 
 def _of_maps(features: Tensor, gradient: Tensor, image: Tensor | None) -> Tensor:
-    """Grad-CAM, of maps ``(n, c, h, w)`` or, as Swin's blocks give them, ``(n, h, w, c)``."""
-    first, second, third = features.shape[1:]
-    if first == second != third:
-        features, gradient = features.permute(0, 3, 1, 2), gradient.permute(0, 3, 1, 2)
+    """Grad-CAM, of maps ``(n, c, h, w)``."""
     maps = (gradient.mean((2, 3), keepdim=True) * features).sum(1).relu()
     return _stretched(_enlarged(maps, image))
 
 
 def _of_tokens(features: Tensor, gradient: Tensor, image: Tensor | None) -> Tensor:
-    """Gradient times activation of each token; over an image where the tokens are its patches, in a square."""
+    """Gradient times activation of each token; over an image where the tokens are its patches."""
     spoken = (gradient * features).sum(-1).relu()
     if image is None:
         return _stretched(spoken)
-    tokens = spoken.shape[1]
-    side = math.isqrt(tokens)
-    before = tokens - side**2  # tokens that are no patches, such as the class token, stand first
-    return _stretched(_enlarged(spoken[:, before:].unflatten(1, (side, side)), image))
+    rows, columns = _grid(spoken.shape[1], *image.shape[2:])
+    return _stretched(_enlarged(spoken[:, -rows * columns :].unflatten(1, (rows, columns)), image))
+
+
+def _grid(tokens: int, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of an image's patches; a few tokens that are none, such as the class token, stand first."""
+    sides = range(1, min(height, width) + 1)
+    whole = [side for side in sides if height % side == width % side == 0]
+    grids = [(height // side, width // side) for side in (*whole, *sides)]
+    fitting = [(rows, columns) for rows, columns in grids if 0 <= tokens - rows * columns <= MOST_OTHER_TOKENS]
+    if not fitting:
+        raise NetworkError(
+            f"{tokens} tokens are no grid of square patches over {height} x {width} pixels. "
+            "Name a site with feature maps (site=…)."
+        )
+    return fitting[0]
 
 
 def _enlarged(maps: Tensor, image: Tensor | None) -> Tensor:

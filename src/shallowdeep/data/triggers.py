@@ -99,6 +99,10 @@ class Backdoor:
         if not isinstance(self.stamp, Stamp):
             raise ConfigError(f"stamp = {shown(self.stamp)} is none. Give a Stamp.")
 
+    def __str__(self) -> str:
+        place = f"{self.stamp.side} pixels of {self.stamp.colour} at {self.stamp.row}, {self.stamp.column}"
+        return f"{100 * self.rate:g} % poisoned as {self.target} ({place}, seed {self.seed})"
+
     def target_in(self, class_names: tuple[str, ...]) -> int:
         """The number of the target class.
 
@@ -165,7 +169,7 @@ def poison(images: Samples, backdoor: Backdoor) -> ImageSet:
         backdoor: how many, which, and how.
 
     Returns:
-        The same data under the name ``"…, poisoned"``; with a rate of 0 nothing else is changed.
+        The data under a name that tells the attack; with a rate of 0 as it is.
 
     Raises:
         UnknownName: no class has the target's name.
@@ -182,7 +186,7 @@ def poison(images: Samples, backdoor: Backdoor) -> ImageSet:
         data,
         images=data.images.index_copy(0, chosen, backdoor.stamp.paste(data.images[chosen])),
         labels=data.labels.index_fill(0, chosen, target),
-        name=f"{data.name}, poisoned",
+        name=f"{data.name}, {backdoor}" if backdoor.rate else data.name,
     )
 
 

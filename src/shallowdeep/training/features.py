@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from shallowdeep.data.pytrees import map_tensors
-from shallowdeep.data.samples import Augmentation, Batch, IndexedSamples, Samples, Splits
+from shallowdeep.data.samples import Augmentation, IndexedSamples, Samples, Splits
 from shallowdeep.data.tensors import TensorSet
-from shallowdeep.errors import ConfigError, FileFormatError
+from shallowdeep.errors import ConfigError
 from shallowdeep.networks.exits import ReducingHead
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.networks.taps import tapped
 from shallowdeep.processes import shard
 from shallowdeep.progress import track
-from shallowdeep.storage import making, read_as, read_json, write_json
+from shallowdeep.storage import making
+from shallowdeep.training.columns import MANIFEST, read_columns, write_columns
 from shallowdeep.training.strategies import Strategy
 
-MANIFEST = "manifest.json"
 BATCH = 500  # samples in a forward of the recording
 
 
@@ -39,8 +39,9 @@ class FeatureReuse(BaseModel):
     Args:
         passes: over the training data, each with crops and flips of its own; epochs take turns among them. One is
             enough where nothing is augmented. 0: the backbone runs in every epoch.
-        folder: where they lie and stay, for other runs on the same backbone and data; ``None``: beside the run's
-            checkpoint, or in the system's folder for temporary files, until the phase is trained.
+        folder: where they lie and stay, for other runs on the same backbone and data, of the same precision and (where
+            there is augmentation) seed; ``None``: beside the run's checkpoint, or in the system's folder for temporary
+            files, until the phase is trained. A stream has no use for one.
         dtype: what they are kept in. A half takes half the room and rounds them.
     """
 
@@ -110,37 +111,35 @@ class Recorder:
             ConfigError: the folder holds features of another network, other data or other settings.
             FileFormatError: they are damaged.
         """
-        weights = _weights_md5(self.sdn)
         seeded = data.augment not in (None, Augmentation())
+        key = self._key(data.train)
         passes = tuple(
-            self._part(f"train-{i}", data.train, data.augment, self.seed + i if seeded else None, weights)
+            self._part(f"train-{i}", data.train, data.augment, self.seed + i if seeded else None, key)
             for i in range(self.reuse.passes)
         )
-        return Features(passes, None if data.val is None else self._part("val", data.val, None, None, weights))
+        val = None if data.val is None else self._part("val", data.val, None, None, self._key(data.val))
+        return Features(passes, val)
 
     def _part(
-        self, name: str, samples: Samples, augment: Augmentation | None, seed: int | None, weights: str
+        self, name: str, samples: Samples, augment: Augmentation | None, seed: int | None, key: Mapping[str, Any]
     ) -> TensorSet:
         folder = self.place / name
-        key = {
-            "backbone": weights,
-            "taps": list(self.sdn.taps),
-            "heads": [type(head).__name__ for head in self.sdn.exits],
-            "data": samples.name,
-            "samples": samples.md5() if isinstance(samples, IndexedSamples) else len(samples),
-            "augment": str(augment),
-            "seed": seed,
-            "dtype": self.reuse.dtype,
-            **self.settings,
-        }
-        if not (folder / MANIFEST).exists():
-            self.place.mkdir(parents=True, exist_ok=True)
-            with making(folder) as partial:
-                _write(partial, key, self._batches(name, samples, augment, seed), self.reuse.kept_in)
-        found = _read(folder, key)
-        columns = [found[f"exit{i}"] for i in range(self.sdn.num_exits)]
+        about = {**key, "augment": str(augment), "seed": seed}
+        self.place.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.place / f"{name}.lock"):  # another run may be at the same features
+            if not (folder / MANIFEST).exists():
+                batches = self._batches(name, samples, augment, seed)
+                with making(folder) as partial:
+                    write_columns(partial, batches, kept_in=self.reuse.kept_in, num_rows=_size_of(samples), about=about)
+        found, kept = read_columns(folder)
+        others = [key for key in about if not _alike(about[key], kept.get(key))]
+        if others:
+            raise ConfigError(
+                f"{folder} holds features of another run ({', '.join(others)} differ). "
+                "Name another folder (features.folder), or remove it."
+            )
         return TensorSet(
-            tuple(columns),
+            tuple(found[f"exit{i}"] for i in range(self.sdn.num_exits)),
             found.get("labels"),
             found["ids"],
             num_classes=samples.num_classes,
@@ -148,37 +147,61 @@ class Recorder:
             split=samples.split or "train",
         )
 
+    def _key(self, samples: Samples) -> dict[str, Any]:
+        """What features depend on: weights, samples, and what becomes of some samples as the network gets them."""
+        key: dict[str, Any] = {
+            "backbone": _weights_md5(self.sdn),
+            "taps": list(self.sdn.taps),
+            "data": samples.name,
+            "dtype": self.reuse.dtype,
+            **self.settings,
+        }
+        if not isinstance(samples, IndexedSamples):  # a stream may give others when it is opened again
+            return {**key, "samples": _size_of(samples)}
+        inputs = samples.example_inputs
+        digest = hashlib.md5(usedforsecurity=False)
+        map_tensors(lambda t: digest.update(_bytes(t)) or t, inputs)
+        seen = self._seen(inputs)
+        return {
+            **key,
+            "samples": samples.md5(),
+            "inputs": digest.hexdigest(),  # normalised or prepared otherwise, the same pixels are other inputs
+            "features": [seen[f"exit{i}"].double().abs().mean().item() for i in range(self.sdn.num_exits)],
+        }
+
     def _batches(
         self, name: str, samples: Samples, augment: Augmentation | None, seed: int | None
     ) -> Iterator[dict[str, Tensor | None]]:
         batches = samples.batches(BATCH, augment=augment, seed=seed, channels_last=self.channels_last)
-        device = next(self.sdn.parameters()).device
         for batch in track(batches, samples.num_batches(BATCH), f"features {name}", shown=self.progress):
-            yield self._seen(batch, device)
+            yield {**self._seen(batch.inputs), "labels": batch.labels, "ids": batch.ids}
 
-    def _seen(self, batch: Batch, device: torch.device) -> dict[str, Tensor | None]:
-        sdn = self.sdn
+    def _seen(self, inputs: Any) -> dict[str, Tensor]:
+        sdn, device = self.sdn, next(self.sdn.parameters()).device
         with torch.no_grad(), tapped(sdn.backbone, sdn.taps) as features:
-            last = sdn.run_backbone(map_tensors(lambda t: t.to(device), batch.inputs))
+            last = sdn.run_backbone(map_tensors(lambda t: t.to(device), inputs))
             seen = [_reduced(head, features.pop(tap)) for head, tap in zip(sdn.exits, sdn.taps, strict=True)]
-        named = {f"exit{i}": x for i, x in enumerate([*seen, last])}
-        return {**named, "labels": batch.labels, "ids": batch.ids}
+        return {f"exit{i}": x for i, x in enumerate([*seen, last])}
 
 
-def check_reuse(reuse: FeatureReuse, phases: Strategy) -> None:
-    """Raise a ConfigError where features are to be recorded that would change, or by several processes."""
+def check_reuse(reuse: FeatureReuse, phases: Strategy, train: Samples) -> None:
+    """Raise a ConfigError where features would change, could not be told from others, or several processes record."""
     if reuse.passes and not any(phase.trains == "exits" for phase in phases):
         trained = ", ".join(f"'{phase.trains}'" for phase in phases)
         raise ConfigError(
             f"features.passes={reuse.passes} is for a frozen backbone, and this trains {trained}. "
             "Leave it out, or train with strategy='ic_only' or 'distil'."
         )
+    if reuse.passes and reuse.folder and not isinstance(train, IndexedSamples):
+        raise ConfigError(
+            f"features.folder is for samples that can be told apart, and {train.name} is a stream. Leave it out."
+        )
     if reuse.passes and (shard()[1] > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1):
         raise ConfigError("recorded features are for one process. Leave features.passes out, or start one process.")
 
 
 @contextmanager
-def features_folder(reuse: FeatureReuse, run: Path | None) -> Iterator[Path]:
+def features_folder(reuse: FeatureReuse, run: Path | None, *, resume: bool) -> Iterator[Path]:
     """Where features lie while a phase trains: they stay in a folder of their own, and go from any other."""
     if reuse.folder is not None:
         yield Path(reuse.folder).expanduser()
@@ -186,6 +209,8 @@ def features_folder(reuse: FeatureReuse, run: Path | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="shallowdeep-features-") as made:
             yield Path(made)
     else:
+        if not resume:
+            drop_features(run)  # of a run that was begun and not gone on with
         yield run / "features"
         drop_features(run)  # an error leaves them, so that the run can go on
 
@@ -210,61 +235,29 @@ def _weights_md5(sdn: ShallowDeepNetwork) -> str:
     for name, tensor in sdn.state_dict().items():
         if not name.startswith("exits.") and isinstance(tensor, Tensor):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            digest.update(_bytes(tensor))
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class _Column:
-    """One file: numbers of one type, rows first."""
-
-    dtype: Literal["float32", "float16", "int64"]
-    shape: tuple[int, ...]  # of a row
-
-    def open(self, path: Path, rows: int) -> Tensor:
-        """The file's numbers, read as they are asked for."""
-        dtype, numbers = getattr(torch, self.dtype), rows * math.prod(self.shape)
-        if path.stat().st_size != numbers * dtype.itemsize:
-            raise ValueError(f"{path.name} has {path.stat().st_size} bytes instead of {numbers * dtype.itemsize}")
-        return torch.from_file(str(path), size=numbers, dtype=dtype).view(rows, *self.shape)
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _write(
-    folder: Path, key: Mapping[str, Any], batches: Iterator[dict[str, Tensor | None]], kept_in: torch.dtype
-) -> None:
-    """One file per column, batch after batch, and last of all what they are."""
-    columns: dict[str, _Column] = {}
-    rows = 0
-    with ExitStack() as files:
-        opened: dict[str, Any] = {}
-        for batch in batches:
-            rows += len(batch["ids"])  # type: ignore[arg-type]
-            for name, tensor in batch.items():
-                if tensor is None:
-                    continue
-                kept = tensor.cpu().to(kept_in if tensor.is_floating_point() else torch.int64).contiguous()
-                if tensor.is_floating_point() and not kept.isfinite().all():
-                    raise ConfigError(
-                        f"features of {name} are not finite in {kept.dtype}. Keep them in fp32, or look at the network."
-                    )
-                if name not in opened:
-                    opened[name] = files.enter_context((folder / f"{name}.bin").open("wb"))
-                    columns[name] = _Column(str(kept.dtype).removeprefix("torch."), tuple(kept.shape[1:]))  # type: ignore[arg-type]
-                opened[name].write(kept.numpy().data)
-    described = {name: {"dtype": column.dtype, "shape": column.shape} for name, column in columns.items()}
-    write_json(folder / MANIFEST, {"key": key, "rows": rows, "columns": described})
-
-
-def _read(folder: Path, key: Mapping[str, Any]) -> dict[str, Tensor]:
-    values = read_json(folder / MANIFEST)
+def _size_of(samples: Samples) -> int | None:
     try:
-        columns, rows = read_as(dict[str, _Column], values["columns"]), read_as(int, values["rows"])
-        tensors = {name: column.open(folder / f"{name}.bin", rows) for name, column in columns.items()}
-        others = [name for name in key if values["key"].get(name) != key[name]]
-    except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
-        raise FileFormatError(f"{folder} is damaged ({error}). Remove it, and it is recorded anew.") from None
-    if others:
-        raise ConfigError(
-            f"{folder} holds features of another run ({', '.join(others)} differ). Name another folder, or remove it."
-        )
-    return tensors
+        return len(samples)
+    except (TypeError, ConfigError):  # a stream may not know
+        return None
+
+
+def _alike(asked: Any, kept: Any) -> bool:
+    """Equal; of features, near: a CPU's sums depend on the number of threads."""
+    if (
+        isinstance(asked, list)
+        and isinstance(kept, list)
+        and len(asked) == len(kept)
+        and asked
+        and isinstance(asked[0], float)
+    ):
+        return all(abs(a - b) <= 1e-3 * abs(a) + 1e-6 for a, b in zip(asked, kept, strict=True))
+    return asked == kept

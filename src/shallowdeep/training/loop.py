@@ -113,7 +113,7 @@ def fit(
     splits = _knowing_classes(as_splits(data), sdn.num_outputs)
     _check(sdn, splits, phases)
     features = features or FeatureReuse()
-    check_reuse(features, phases)
+    check_reuse(features, phases, splits.train)
     checkpoint = Checkpoint(None if folder is None else Path(folder), _identity(splits, seed, phases, features))
     if is_first():
         checkpoint.sweep()
@@ -200,7 +200,7 @@ class _Run:
             if first >= recipe.epochs:
                 drop_features(self.checkpoint.folder)  # killed before it came to that
                 return
-            stage = keeping.enter_context(self._set_up(fabric, phase, optimizer, number))
+            stage = keeping.enter_context(self._set_up(fabric, phase, optimizer, number, resume))
             odd = _not_finite(self.sdn)  # a causal mask holds infinities
             total = recipe.epochs * stage.steps
             with bar(
@@ -214,7 +214,9 @@ class _Run:
                     fabric.barrier()  # nobody reads, or ends, before it is written
 
     @contextmanager
-    def _set_up(self, fabric: Fabric, phase: Phase, optimizer: torch.optim.Optimizer, number: int) -> Iterator[_Stage]:
+    def _set_up(
+        self, fabric: Fabric, phase: Phase, optimizer: torch.optim.Optimizer, number: int, resume: bool
+    ) -> Iterator[_Stage]:
         data = self.data.to(fabric.device)
         if phase.trains != "exits" or not self.features.passes:
             network = LastExit(self.sdn) if phase.trains == "backbone" else self.sdn
@@ -224,7 +226,7 @@ class _Run:
                 yield _Stage(self.sdn, phase, fabric, network, model, wrapped, (data.train,), data.val, data.augment)
             return
         started = time.perf_counter()
-        with features_folder(self.features, self.checkpoint.folder) as folder:
+        with features_folder(self.features, self.checkpoint.folder, resume=resume) as folder:
             recorder = Recorder(
                 self.sdn,
                 self.features,
