@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from shallowdeep.analysis.confusion import confusion_scores, usual_confusion
 from shallowdeep.analysis.detection import Roc, auroc, roc
+from shallowdeep.analysis.shares import shares
 from shallowdeep.errors import ConfigError, TraceError
 from shallowdeep.policies.replay import replay
 from shallowdeep.policies.rules import ExitPolicy
@@ -144,10 +145,10 @@ def measure_backdoor(
         n_clean=len(clean),
         n_triggered=len(triggered),
         target=target,
-        clean_accuracy=_shares(clean.correct),
-        clean_target=_shares(clean.predictions[clean.true_labels != target] == target),
-        accuracy=_shares(triggered.correct),
-        attack_success=_shares(triggered.predictions == target),
+        clean_accuracy=shares(clean.correct),
+        clean_target=shares(clean.predictions[clean.true_labels != target] == target),
+        accuracy=shares(triggered.correct),
+        attack_success=shares(triggered.predictions == target),
         with_policy=None if policy is None else _with_policy(clean, triggered, target, policy),
         confusion_clean=(_mean(confusion[0]) - mean) / spread,
         confusion_triggered=(_mean(confusion[1]) - mean) / spread,
@@ -200,7 +201,3 @@ def _row(
 
 def _mean(values: Float[Tensor, " n"]) -> float:
     return values.mean().item()
-
-
-def _shares(mask: Bool[Tensor, "n exits"]) -> tuple[float, ...]:
-    return tuple(mask.double().mean(0).tolist())

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from shallowdeep.analysis.detection import auroc, risk_at, risk_coverage
+from shallowdeep.analysis.shares import share
 from shallowdeep.errors import TraceError
 from shallowdeep.traces.trace import Trace
 
@@ -147,17 +148,13 @@ def measure_confusion(trace: Trace, training: Trace) -> Confusion:
         n=len(trace),
         mean_correct=(of_right.item() - mean) / spread,
         mean_wrong=(of_wrong.item() - mean) / spread,
-        wrong_below_correct_mean=_share(confusion[~right] < of_right),
-        correct_above_wrong_mean=_share(confusion[right] > of_wrong),
+        wrong_below_correct_mean=share(confusion[~right] < of_right),
+        correct_above_wrong_mean=share(confusion[right] > of_wrong),
         confidence_correct=sure.item(),
         confidence_wrong=confidence[~right].mean().item(),
-        wrong_above_correct_mean_confidence=_share(confidence[~right] > sure),
+        wrong_above_correct_mean_confidence=share(confidence[~right] > sure),
         auroc={name: auroc(scores, ~right) for name, scores in suspicion.items()},
         aurc={name: risk.mean().item() for name, risk in risks.items()},
         risk_at_80={name: risk_at(risk, 0.8) for name, risk in risks.items()},
         risk_at_90={name: risk_at(risk, 0.9) for name, risk in risks.items()},
     )
-
-
-def _share(mask: Tensor) -> float:
-    return mask.double().mean().item()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from shallowdeep.analysis.shares import share, shares
 from shallowdeep.policies.replay import oracle
 from shallowdeep.traces.trace import Trace
 
@@ -87,14 +88,14 @@ def measure_overthinking(trace: Trace) -> Overthinking:
     first = known & ~torch.cat([torch.zeros_like(known[:, :1]), known[:, :-1]], dim=1)
     return Overthinking(
         n=len(trace),
-        accuracy=_shares(correct),
-        cumulative=_shares(known),
-        first_correct=_shares(first),
-        wasteful=_share(before),
-        wasteful_and_right=_share(before & last),
-        destructive=_share(before & ~last),
-        destructive_of_errors=_share(before[~last]) if not last.all() else 0.0,
-        destructive_at=_shares(correct & ~last[:, None]),
+        accuracy=shares(correct),
+        cumulative=shares(known),
+        first_correct=shares(first),
+        wasteful=share(before),
+        wasteful_and_right=share(before & last),
+        destructive=share(before & ~last),
+        destructive_of_errors=share(before[~last]) if not last.all() else 0.0,
+        destructive_at=shares(correct & ~last[:, None]),
         oracle_cost=oracle(trace).cost,
         oracle_cost_nominal=_nominal_cost(trace, first),
     )
@@ -106,11 +107,3 @@ def _nominal_cost(trace: Trace, first: torch.Tensor) -> float | None:
     shares = first[:, :-1].double().mean(0)
     nominal = torch.tensor(trace.costs.nominal[:-1], dtype=torch.float64)
     return (shares @ nominal + (1 - shares.sum())).item()
-
-
-def _share(mask: torch.Tensor) -> float:
-    return mask.double().mean().item()
-
-
-def _shares(mask: torch.Tensor) -> tuple[float, ...]:
-    return tuple(mask.double().mean(0).tolist())
