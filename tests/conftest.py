@@ -1,6 +1,8 @@
 """What several rooms' tests need."""
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,3 +36,20 @@ def repository() -> Path:
 def one_thread() -> None:
     """Workers share the cores; and sums depend on the number of threads."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command line as the entry point does: exit code, standard output, standard error."""
+    from shallowdeep.cli import main
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["shallowdeep", *map(str, words)])
+        code = 0
+        try:
+            main()
+        except SystemExit as left:
+            code = int(left.code or 0)
+        return code, *capsys.readouterr()
+
+    return run

@@ -11,28 +11,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from shallowdeep.cli import app, main
+from shallowdeep.cli import app
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.policies.replay import replay
 from shallowdeep.runs import Run
 from shallowdeep.storage import load_tensors, save_tensors
 from shallowdeep.traces.trace import Trace
-
-
-@pytest.fixture
-def shell(monkeypatch, capsys):
-    """Run a command line as the entry point does: exit code, standard output, standard error."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["shallowdeep", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as left:
-            code = int(left.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Small cells that are really run, and results made up for pages and verdicts."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +9,26 @@ import pytest
 from shallowdeep.analysis.budgets import BudgetRow, Budgets
 from shallowdeep.analysis.confusion import Confusion
 from shallowdeep.analysis.overthinking import Overthinking
-from shallowdeep.cli import main
 from shallowdeep.config import RecipeChoice, RunConfig
 from shallowdeep.studies.cells import Cell, Workplace
 from shallowdeep.studies.paper import paper_cells
-from shallowdeep.studies.results import CellResult, Provenance
+from shallowdeep.studies.results import CellResult, Provenance, Start
 from shallowdeep.studies.side_by_side import run_cells
 
 TINY = {"network": "studies.tiny_network:build", "taps": ("1", "3"), "val_size": 1000}  # 437 images to train on
+
+
+STARTED = Start(
+    revision="abc",
+    started="2030-01-01T00:00:00+00:00",
+    python="3.11.7",
+    versions={"torch": "2.13.0"},
+    processor="a processor",
+    cores=2,
+    threads=1,
+    accelerator=None,
+    compiled=False,
+)
 
 
 def small_cells(epochs: int = 1) -> list[Cell]:
@@ -53,22 +64,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     return place
 
 
-@pytest.fixture
-def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run a command line as the entry point does: exit code, standard output, standard error."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["shallowdeep", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as left:
-            code = int(left.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
-
-
 @pytest.fixture(scope="session")
 def make_result() -> Callable[..., CellResult]:
     """Makes a result up: what is not said of it is that of a mediocre run on complete CIFAR-100."""
@@ -91,6 +86,8 @@ def make_result() -> Callable[..., CellResult]:
         recipe: str = "fast",
         n_train: int = 45_000,
         n_val: int = 5_000,
+        threads: int = 1,
+        starts: tuple[Start, ...] = (STARTED,),
     ) -> CellResult:
         exits = strategy != "plain"
         shares = (0.4, 0.6, accuracy) if exits else (accuracy,)
@@ -104,7 +101,7 @@ def make_result() -> Callable[..., CellResult]:
                 strategy="joint" if strategy == "mixed" else strategy,
                 recipe=RecipeChoice(name=recipe, epochs=epochs, label_smoothing=label_smoothing),
                 seed=seed,
-                threads=1,
+                threads=threads,
                 init=f"{data}/{network}/plain" if strategy in ("ic_only", "mixed") else None,
             ),
             n_train=n_train,
@@ -130,21 +127,9 @@ def make_result() -> Callable[..., CellResult]:
             budgets=budgets(within or {}) if exits else None,
             curve=points(curve or []) if exits else None,
             confusion=made_confusion(**(confusion or {})) if exits else None,
-            epochs=epochs or 30,
+            epochs=epochs or (10 if strategy == "ic_only" else 30),
             seconds=600.0,
-            provenance=Provenance(
-                command="shallowdeep study paper --only made-up",
-                revisions=("abc",),
-                started=("2030-01-01T00:00:00+00:00",),
-                python="3.11.7",
-                versions={"torch": "2.13.0"},
-                processor="a processor",
-                cores=2,
-                threads=1,
-                accelerator=None,
-                compiled=False,
-                data_md5={},
-            ),
+            provenance=Provenance(command="shallowdeep study paper --only made-up", starts=starts, data_md5={}),
         )
 
     return make

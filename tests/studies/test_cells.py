@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from studies.conftest import TINY, small_cells
 from shallowdeep.errors import ConfigError, FileFormatError
 from shallowdeep.storage import read_json, write_json
 from shallowdeep.studies import cells as cells_module
-from shallowdeep.studies.cells import Workplace, run_cell, state_of
+from shallowdeep.studies.cells import Workplace, is_usable, run_cell, state_of
 from shallowdeep.studies.results import read_result
 from shallowdeep.studies.side_by_side import run_cells
 
@@ -37,7 +38,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def figures(result) -> dict:
     """All of a result that must come out again."""
     values = result.to_dict()
-    del values["seconds"], values["provenance"]["started"], values["provenance"]["revisions"]
+    del values["seconds"], values["provenance"]["starts"]
     return values
 
 
@@ -131,7 +132,7 @@ def test_killed_it_goes_on_to_the_same_figures(tmp_path, place):
     assert found.seconds > sum(json.loads(line)["seconds"] for line in done.splitlines())
     whole = run_cell(joint, Workplace(tmp_path / "others", tmp_path / "other_results", device="cpu"))
     assert figures(found) == figures(whole)
-    assert len(found.provenance.started) == 2
+    assert len(found.provenance.starts) == 2
     assert found.epochs == 3
 
 
@@ -147,6 +148,28 @@ def test_blocked_until_its_network_is_there(cells, place, finished, tmp_path):
     shutil.copytree(finished.results, place.results)
     place.result_of(ic_only).unlink()
     assert "It has a result and no weights" in state_of(ic_only, place).note
+
+
+def test_no_cell_starts_from_one_of_another_configuration(finished, cells, tmp_path):
+    place = copied(finished, tmp_path)
+    plain, ic_only = (replace(cell, config=cell.config.model_copy(update={"threads": 2})) for cell in cells[:2])
+    ic_only = replace(ic_only, init=plain)
+    place.result_of(ic_only).unlink()
+    shutil.rmtree(place.run_of(ic_only))
+    assert not is_usable(plain, place)
+    state = state_of(ic_only, place)
+    assert state.word == "blocked"
+    assert "is the result of another configuration (threads)" in state.note
+    outcomes = run_cells([plain, ic_only], place, progress=False, say=lambda line: None)
+    assert [outcome.word for outcome in outcomes] == ["failed", "failed"]
+    assert not place.run_of(ic_only).exists()
+    # Nor from weights of another configuration, whatever the result beside them says.
+    write_json(
+        place.result_of(plain),
+        {**read_json(place.result_of(plain)), "config": cells_module.essence(plain).model_dump(mode="json")},
+    )
+    assert state_of(plain, place).word == "done"
+    assert "holds a run of another configuration (threads)" in state_of(ic_only, place).note
 
 
 @pytest.mark.parametrize(
@@ -222,6 +245,30 @@ def test_two_processes_are_not_at_one_cell(cells, place):
         [outcome] = run_cells([joint], place, say=lambda line: None)
         assert outcome.word == "left"
     assert state_of(joint, place).word == "missing"
+
+
+def test_who_only_looks_is_not_at_it(cells, place, monkeypatch):
+    joint = cells[2]
+    place.lock_of(joint).parent.mkdir(parents=True)
+    monkeypatch.setattr(cells_module, "LOOK_S", 10.0)  # however slow the machine of this test
+    look = FileLock(place.lock_of(joint), thread_local=False)
+    look.acquire()
+    threading.Timer(0.05, look.release).start()
+    assert state_of(joint, place).word == "missing"
+
+
+def test_where_it_was_begun_and_gone_on_with_is_kept(finished, cells, tmp_path):
+    place = copied(finished, tmp_path)
+    joint = cells[2]
+    path = place.run_of(joint) / "environment.json"
+    last = read_json(path)
+    first = {**last, "threads": 8, "accelerator": "a device", "command": "shallowdeep study paper --compile"}
+    write_json(path, {**last, "earlier": [first]})
+    place.result_of(joint).unlink()
+    starts = run_cell(joint, place).provenance.starts
+    assert [(start.threads, start.accelerator, start.compiled) for start in starts] == [
+        (8, "a device", True), (1, None, False),
+    ]  # fmt: skip
 
 
 def test_full_disk_costs_this_cell_its_result_alone(cells, place, monkeypatch):

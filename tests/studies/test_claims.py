@@ -1,12 +1,12 @@
 """Each claim's verdict: held, beaten, not held and not tested, from results made up for it."""
 
-from dataclasses import replace
-
 import pytest
 
 from shallowdeep.analysis.backdoor import BackdoorEffect, BackdoorWithPolicy
 from shallowdeep.studies import claims
-from shallowdeep.studies.claims import judge, saved_at_plain_accuracy, spread_over_seeds
+from shallowdeep.studies.claims import judge, saved_at_plain_accuracy
+from shallowdeep.studies.evidence import spread_over_seeds
+from shallowdeep.studies.results import BackdoorResult
 
 CHEAP, HALF, DEAR = (0.72, 0.71, 0.3), (0.71, 0.705, 0.49), (0.70, 0.70, 0.9)
 
@@ -33,11 +33,14 @@ def test_savings(make_result, claim, strategy, data, bound):
         [],
         plain,
         [run(0.9)],  # its plain network is missing
-        [*plain, run(bound + 0.01), run(bound + 0.2, seed=1)],
+        [*plain, run(bound + 0.05), run(bound + 0.2, seed=1)],
+        [*plain, run(bound + 0.04), run(bound + 0.2, seed=1)],  # no more than was claimed, in one of them
+        [*plain, run(bound + 0.1), run(bound + 0.2, seed=1, accuracy=0.694)],  # at a loss, in one of them
+        [*plain, run(bound + 0.1, accuracy=0.695)],  # half a point is the same
         [*plain, run(bound - 0.01), run(bound + 0.2, seed=1)],
         [*plain, run(bound - 0.01), run(bound - 0.2, seed=1)],
         [*plain, run(bound + 0.2, accuracy=0.69)],  # saved on validation, at a loss on test
-    ) == ["not tested yet", "not tested yet", "not tested yet", "beaten", "held", "not held", "not held"]
+    ) == [*["not tested yet"] * 3, "beaten", "held", "held", "beaten", "held", "not held", "not held"]
     found = claim([*plain, run(bound + 0.1), run(bound + 0.2, seed=1)]).found
     assert (
         f"Saved are {100 * bound + 15:.1f} % on average ({100 * bound + 10:.1f} % to {100 * bound + 20:.1f} %)" in found
@@ -54,6 +57,21 @@ def test_saving_is_chosen_on_validation(make_result):
     without = make_result(accuracy=0.8, n_train=50_000, n_val=0)  # trained on all: halves of test chose
     joint = make_result("joint", n_train=50_000, n_val=0, curve=[(0.79, 0.79, 0.3), (0.81, 0.8, 0.4)])
     assert saved_at_plain_accuracy(joint, without) == (0.6, 0.8)
+    above = 0.1 + 0.2  # pooled from two halves, it may come out an ulp above 0.3, or below it
+    without = make_result(accuracy=above, n_train=50_000, n_val=0)
+    joint = make_result("joint", n_train=50_000, n_val=0, curve=[(0.3, 0.3, 0.4), (0.8, 0.8, 0.5)])
+    assert saved_at_plain_accuracy(joint, without) == (0.6, 0.3)
+
+
+def test_what_the_test_images_chose_is_named(make_result):
+    more = {"data": "cifar10", "recipe": "paper", "n_train": 50_000, "n_val": 0}
+    chosen = "the budget was chosen on the test images themselves in 1 of them"
+    fair = [make_result(data="cifar10"), make_result("joint", data="cifar10", curve=[CHEAP])]
+    assert (
+        chosen
+        in claims.half_saved_on_cifar([*fair, make_result(**more), make_result("joint", curve=[CHEAP], **more)]).found
+    )
+    assert "themselves" not in claims.half_saved_on_cifar(fair).found
 
 
 def test_accuracy_gained(make_result):
@@ -138,18 +156,35 @@ def test_confusion_misses_fewer(make_result):
     assert "fewer in 1 of 2 runs. AUROC 0.700 against 0.800" in found
 
 
-def effect(accuracy: float, with_policy: float | None) -> BackdoorEffect:
+def effect(accuracy: float, with_policy: float | None, success: float = 0.9) -> BackdoorEffect:
     policy = None if with_policy is None else BackdoorWithPolicy({}, 0.9, with_policy, 0.1, 0.5, 0.5)
     return BackdoorEffect(
-        10_000, 9_000, 5, (0.9,), (0.1,), (accuracy,), (0.9,), policy, 0.0, 1.0, 0.9, 0.9, {"confusion": 0.8}, {}
+        10_000, 9_000, 5, (0.9,), (0.1,), (accuracy,), (success,), policy, 0.0, 1.0, 0.9, 0.9, {"confusion": 0.8}, {}
     )
 
 
+def attacked(
+    accuracy: float, with_policy: float | None, success: float = 0.9, *, data: str = "cifar10"
+) -> BackdoorResult:
+    return BackdoorResult(data=data, effect=effect(accuracy, with_policy, success))
+
+
 def test_backdoor_undone():
-    found = [claims.backdoor_undone([effect(0.12, after)]) for after in (None, 0.85, 0.80, 0.30)]
+    found = [claims.backdoor_undone([attacked(0.12, after)]) for after in (None, 0.85, 0.79, 0.30)]
     assert [verdict.word for verdict in found] == ["not tested yet", "beaten", "held", "not held"]
     assert found[1].found == "From 12.0 to 85.0 % (n = 1 run, 9,000 triggered images)."
+    assert "no policy (1 run)" in found[0].found
     assert claims.backdoor_undone([]).word == "not tested yet"
+
+
+def test_only_a_backdoor_that_works_on_cifar10_is_undone():
+    harmless, digits = attacked(0.915, 0.91, 0.01), attacked(0.12, 0.9, data="digits")
+    verdict = claims.backdoor_undone([harmless])
+    assert verdict.word == "not tested yet"
+    assert verdict.found.endswith("Left out: the attack did not work, 1.0 % success (1 run).")
+    assert claims.backdoor_undone([digits]).found.endswith("Left out: not CIFAR-10 but digits (1 run).")
+    assert claims.backdoor_undone([digits, harmless, attacked(0.12, 0.3)]).word == "not held"
+    assert claims.backdoor_undone([attacked(0.12, 0.85, 0.5)]).word == "beaten"
 
 
 def test_incomplete_and_other_data_test_nothing(make_result):
@@ -160,6 +195,21 @@ def test_incomplete_and_other_data_test_nothing(make_result):
     assert len(judge(results)) == 10
 
 
+def test_a_short_training_tests_nothing(make_result):
+    def runs(epochs):
+        return [
+            make_result(epochs=epochs),
+            *(make_result(s, epochs=epochs, curve=[CHEAP]) for s in ("ic_only", "joint")),
+        ]
+
+    assert {verdict.word for verdict in judge(runs(19))} == {"not tested yet"}
+    assert {verdict.word for verdict in judge(runs(20))} != {"not tested yet"}
+    long = judge(runs(None))
+    assert judge([*runs(None), *runs(1)]) == long
+    assert "IC-only" in long[2].claim
+    assert long[2].word == "beaten"  # exits alone are trained for ten epochs, the network under them for thirty
+
+
 def test_every_claim_is_judged_from_whole_results(make_result):
     results = [
         make_result(strategy, data=data, curve=[CHEAP, HALF, DEAR])
@@ -167,7 +217,7 @@ def test_every_claim_is_judged_from_whole_results(make_result):
         for strategy in ("plain", "ic_only", "joint", "mixed")
     ]
     results = [replace_sizes(result) for result in results]
-    assert "not tested yet" not in {verdict.word for verdict in judge(results, [effect(0.1, 0.9)])}
+    assert "not tested yet" not in {verdict.word for verdict in judge(results, [attacked(0.1, 0.9)])}
 
 
 def replace_sizes(result):
@@ -185,6 +235,6 @@ def test_spread_is_between_seeds_alone(make_result):
 
 
 def test_shares_of_backdoors_are_averaged():
-    two = [effect(0.1, 0.8), effect(0.2, 0.9)]
+    two = [attacked(0.1, 0.8), attacked(0.2, 0.9)]
     assert "From 15.0 to 85.0 % (n = 2 runs" in claims.backdoor_undone(two).found
-    assert claims.backdoor_undone([replace(two[0], with_policy=None), two[1]]).word == "beaten"
+    assert claims.backdoor_undone([attacked(0.1, None), two[1]]).word == "beaten"

@@ -2,14 +2,20 @@
 
 import json
 import re
+import shlex
 from dataclasses import asdict
 
 import pytest
+from studies.conftest import STARTED
 from studies.test_claims import effect
 
 from shallowdeep.errors import FileFormatError
 from shallowdeep.storage import write_json
+from shallowdeep.studies import side_by_side
+from shallowdeep.studies.layout import groups_of
 from shallowdeep.studies.page import page_of, write_page
+from shallowdeep.studies.paper import DATA
+from shallowdeep.studies.reproduction import commands_of
 
 
 def row_of(page: str, title: str, start: str) -> list[str]:
@@ -83,8 +89,22 @@ def test_label_smoothing_shows_in_no_confusion(make_result):
 
 def test_incomplete_data_is_marked(make_result):
     page = page_of([make_result(data="tinyimagenet", n_train=13_500, n_val=1_500)])
-    assert "**Not comparable with published figures:** 15,000 training images were at hand, of 100,000." in page
+    assert "**Not comparable with published figures:** 15,000 training images of 100,000." in page
     assert "ours, fast" not in page
+    assert "No run so far tests any." in page
+    assert "- 15,000 training images of 100,000: tinyimagenet/vgg16/plain-fast-seed0" in page
+
+
+def test_lengths_and_what_is_left_out_stand_by_the_claims(make_result):
+    results = [make_result(), make_result(epochs=25), make_result(epochs=1), make_result(data="digits", epochs=1)]
+    page = page_of(results)
+    claims = " ".join(page[page.index("## The claims") : page.index("## Thresholds")].split())
+    assert "networks trained for 25 epochs (fast, 1 run), 30 epochs (fast, 1 run);" in claims
+    assert "- 1 epoch, fewer than 20: cifar100/vgg16/plain-fast-1epochs-seed0" in claims
+    assert "- no data set of the paper; 1 epoch, fewer than 20: digits/vgg16/plain-fast-1epochs-seed0" in claims
+    assert "**Not comparable with published figures:** 1 epoch, fewer than 20." in page
+    assert "ours, fast, 25 epochs" in page
+    assert "ours, fast, 1 epoch" not in page
 
 
 def test_cross_fitted_thresholds_are_named(make_result):
@@ -125,7 +145,7 @@ def test_prose_and_tables_are_well_formed(results):
 def test_by_the_command_line_with_a_backdoor(results, shell, tmp_path):
     folder = written(results, tmp_path / "results")
     values = asdict(effect(0.12, 0.85))
-    (tmp_path / "backdoor.json").write_text(json.dumps({**values, "config": {}}))
+    (tmp_path / "backdoor.json").write_text(json.dumps({**values, "config": {"data": "cifar10", "seed": 1}}))
     code, out, errors = shell(
         "study", "paper", "--table", "--results", folder, "--out", tmp_path / "page.md",
         "--backdoor", tmp_path / "backdoor.json",
@@ -149,6 +169,59 @@ def test_damaged_results_make_no_page(results, tmp_path):
 
 def test_a_backdoor_that_is_none(results, tmp_path):
     folder = written(results, tmp_path / "results")
-    (tmp_path / "backdoor.json").write_text("{}")
-    with pytest.raises(FileFormatError, match="no result of a backdoor study"):
-        write_page(folder, tmp_path / "page.md", [tmp_path / "backdoor.json"])
+    for said in ({}, {"config": {"data": "cifar10"}}, asdict(effect(0.12, 0.85))):
+        (tmp_path / "backdoor.json").write_text(json.dumps(said))
+        with pytest.raises(FileFormatError, match=r"backdoor.json is no result of a backdoor study \("):
+            write_page(folder, tmp_path / "page.md", [tmp_path / "backdoor.json"])
+
+
+def test_the_data_of_a_backdoor_is_read(results, tmp_path):
+    folder = written(results, tmp_path / "results")
+    write_json(tmp_path / "backdoor.json", {**asdict(effect(0.12, 0.85)), "config": {"data": "digits"}})
+    write_page(folder, tmp_path / "page.md", [tmp_path / "backdoor.json"])
+    assert "not CIFAR-10 but digits (1 run)" in " ".join((tmp_path / "page.md").read_text().split())
+
+
+def asked_by(command, shell, monkeypatch):
+    """The cells that a command line would run."""
+    asked = []
+    monkeypatch.setattr(side_by_side, "run_cells", lambda cells, place, **options: asked.extend(cells) or [])
+    code, _, errors = shell(*shlex.split(command)[1:])
+    assert code == 0, errors
+    return {cell.name: cell for cell in asked}
+
+
+def test_the_commands_make_the_groups_again(make_result, shell, monkeypatch):
+    more = {"recipe": "paper", "epochs": 25, "n_train": 50_000, "n_val": 0, "threads": 4}
+    unusual = [make_result(network=network, seed=seed) for network in ("vgg16", "resnet20") for seed in (0, 1)]
+    results = [
+        *unusual,
+        make_result(threads=2, data="cifar10"),
+        make_result("joint", data="cifar10", network="resnet56"),
+        *(make_result(strategy, data="digits", **more) for strategy in ("plain", "mixed")),
+    ]
+    for group in groups_of(results, DATA):
+        asked = {}
+        for command in commands_of(group):
+            assert f"\n{command}\n" in page_of(results)
+            asked |= asked_by(command, shell, monkeypatch)
+        for result in group.results:
+            assert asked[result.name].config.threads == result.config.threads
+            assert result.config.seed == asked[result.name].config.seed
+
+
+def test_where_starts_differ_is_said(make_result):
+    device = STARTED.model_copy(update={"accelerator": "a device", "compiled": True})
+    page = page_of(
+        [
+            make_result(),
+            make_result("joint", starts=(device, STARTED)),
+            make_result("ic_only", starts=(STARTED, STARTED)),
+        ]
+    )
+    said = " ".join(page[page.index("## How it was run") :].split())
+    assert "- a processor, 1 thread; PyTorch 2.13.0, Python 3.11.7: 2 cells, 0.3 hours of training " in said
+    assert (
+        "- a device, compiled; PyTorch 2.13.0, Python 3.11.7, then a processor, 1 thread; PyTorch 2.13.0, "
+        "Python 3.11.7: 1 cell, 0.2 hours of training (cifar100/vgg16/joint-fast-seed0)"
+    ) in said

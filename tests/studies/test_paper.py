@@ -9,11 +9,11 @@ from shallowdeep.studies.cells import Workplace, run_cell
 from shallowdeep.studies.estimates import (
     Rates,
     forward_flops,
-    is_complete,
     measure_rates,
     training_flops,
 )
 from shallowdeep.studies.paper import list_cells, paper_cells, select
+from shallowdeep.studies.tasks import is_complete
 
 
 def test_the_matrix():

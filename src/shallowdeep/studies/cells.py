@@ -19,6 +19,8 @@ from shallowdeep.studies.measurement import measure
 from shallowdeep.studies.results import CellResult, read_result
 from shallowdeep.training.recipes import Trains
 
+LOOK_S = 0.2
+"""How long to look before a cell counts as running: others who only look hold its lock for an instant."""
 PHASES: dict[str, tuple[Trains, ...]] = {
     "plain": ("backbone",),
     "ic_only": ("exits",),
@@ -187,32 +189,55 @@ def _finished(cell: Cell, place: Workplace) -> State:
 
 def _unfinished(cell: Cell, place: Workplace, epochs: int) -> State:
     folder = place.run_of(cell)
-    begun = folder.is_dir() and any(path.suffix != ".partial" for path in folder.iterdir())
-    if begun:
-        try:
-            config = Run.open(folder).config
-        except FileFormatError as error:
-            return State("damaged", epochs, f"{error} Remove {folder} to begin anew.")
-        others = _differences(_without_places(config, _last_parts(config.init, cell)), essence(cell))
-        if others:
-            return State(
-                "other",
-                epochs,
-                f"{folder} holds a run of another configuration ({', '.join(others)}). "
-                "Ask for that one, or give another --runs.",
-            )
-    init, trained = cell.init, (folder / "sdn.safetensors").exists()
-    if init is not None and not trained and not is_usable(init, place):
-        hint = f"Run that first: shallowdeep {' '.join(init.command)}"
-        if place.result_of(init).exists():
-            hint = f"It has a result and no weights in {place.runs}; give another --results to train it again there."
-        return State("blocked", epochs, f"{cell.name} starts from {init.name}, which is not done. {hint}")
-    return State("begun" if begun else "missing", epochs)
+    misfit = _misfit(cell, place, epochs)
+    if misfit is not None:
+        return misfit
+    init = cell.init
+    if init is not None and not (folder / "sdn.safetensors").exists() and not is_usable(init, place):
+        why = f"{cell.name} starts from {init.name}, which is not done. {_hint(init, place)}"
+        return State("blocked", epochs, why)
+    return State("begun" if _is_begun(folder) else "missing", epochs)
+
+
+def _is_begun(folder: Path) -> bool:
+    return folder.is_dir() and any(path.suffix != ".partial" for path in folder.iterdir())
+
+
+def _misfit(cell: Cell, place: Workplace, epochs: int) -> State | None:
+    """What is wrong with a run folder that is not of this cell; ``None``: it is, or there is none."""
+    folder = place.run_of(cell)
+    if not _is_begun(folder):
+        return None
+    try:
+        config = Run.open(folder).config
+    except FileFormatError as error:
+        return State("damaged", epochs, f"{error} Remove {folder} to begin anew.")
+    others = _differences(_without_places(config, _last_parts(config.init, cell)), essence(cell))
+    if not others:
+        return None
+    return State(
+        "other",
+        epochs,
+        f"{folder} holds a run of another configuration ({', '.join(others)}). "
+        "Ask for that one, or give another --runs.",
+    )
+
+
+def _hint(init: Cell, place: Workplace) -> str:
+    """What to do for a cell that others wait for."""
+    if place.result_of(init).exists():
+        for state in (_finished(init, place), _misfit(init, place, 0)):
+            if state is not None and state.word != "done":
+                return state.note
+        return f"It has a result and no weights in {place.runs}; give another --results to train it again there."
+    return f"Run that first: shallowdeep {' '.join(init.command)}"
 
 
 def is_usable(cell: Cell, place: Workplace) -> bool:
-    """Whether another cell can start from this one: its result is written and its weights are here."""
-    return place.result_of(cell).exists() and (place.run_of(cell) / "sdn.safetensors").exists()
+    """Whether another cell can start from this one: its result and its weights are here, both of its configuration."""
+    if not place.result_of(cell).exists() or not (place.run_of(cell) / "sdn.safetensors").exists():
+        return False
+    return _finished(cell, place).word == "done" and _misfit(cell, place, 0) is None
 
 
 def _last_parts(init: str | None, cell: Cell) -> str | None:
@@ -250,7 +275,7 @@ def _is_held(path: Path) -> bool:
     if not path.exists() or not os.access(path, os.W_OK):
         return False
     try:
-        with FileLock(path, timeout=0.0):
+        with FileLock(path).acquire(timeout=LOOK_S, poll_interval=LOOK_S / 10):
             return False
     except Timeout:
         return True

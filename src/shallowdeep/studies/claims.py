@@ -1,31 +1,44 @@
 """The paper's claims, one verdict each, from results alone.
 
 A claim is *held* where the mean over all runs that test it says so, *beaten* where more than was claimed was found, and
-each function says what that means for its claim. Runs on incomplete data, or on data sets that the paper does not have,
-test nothing. A plain network is compared with the strategies that share its data, recipe, length and seed.
+each function says what that means for its claim. Runs on incomplete data, on data sets that the paper does not have, or
+too short to tell test nothing. A plain network is compared with the strategies that share its data, recipe, length and
+seed.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from shallowdeep.analysis.backdoor import BackdoorEffect
-from shallowdeep.studies.estimates import is_complete, title_of
-from shallowdeep.studies.layout import label, signed
+from shallowdeep.studies.evidence import (
+    Figures,
+    counted_as,
+    evidence,
+    in_per_cent,
+    in_points,
+    mean,
+    reaches,
+    summary,
+)
+from shallowdeep.studies.layout import label
 from shallowdeep.studies.published import BACKDOOR, DESTRUCTIVE, GAIN, TABLE_3, WASTEFUL
-from shallowdeep.studies.results import CellResult
-from shallowdeep.training.recipes import Trains
+from shallowdeep.studies.results import BackdoorResult, CellResult
+from shallowdeep.studies.tasks import title_of
 
 HALF_A_POINT = 0.005
 """Accuracies nearer than this count as equal: about one standard error of a share of 10,000 images."""
 NEAR = 0.05
-"""Distance within which a published share of samples counts as met."""
+"""Distance within which a published share counts as met, and by which a saving beats what was claimed of it."""
+ATTACKED = 0.5
+"""Attack success at the last exit from which a backdoor is one: the published network, right on 12 % of the triggered
+samples, answers most of the others with the target."""
 
 Word = Literal["held", "beaten", "not held", "not tested yet"]
-Figures = Sequence[tuple[CellResult, float]]
 
 
 @dataclass(frozen=True)
@@ -43,31 +56,32 @@ class Verdict:
     found: str
 
 
-def judge(results: Sequence[CellResult], backdoors: Sequence[BackdoorEffect] = ()) -> list[Verdict]:
+def judge(results: Sequence[CellResult], backdoors: Sequence[BackdoorResult] = ()) -> list[Verdict]:
     """A verdict on every claim."""
-    usable = [result for result in results if result.config.data in WASTEFUL and is_comparable(result)]
-    return [*(claim(usable) for claim in CLAIMS), backdoor_undone(backdoors)]
+    judged = [result for result in results if not reasons_against(result)]
+    return [*(claim(judged) for claim in CLAIMS), backdoor_undone(backdoors)]
 
 
-def is_comparable(result: CellResult) -> bool:
-    """Whether a cell was trained on all that its data set has."""
-    return is_complete(result.config.data, result.n_train + result.n_val)
+def reasons_against(result: CellResult) -> tuple[str, ...]:
+    """Why no claim is judged by a run; empty where claims are."""
+    published = result.config.data in WASTEFUL
+    return result.flaws if published else ("no data set of the paper", *result.flaws)
 
 
 def half_saved_on_cifar(results: Sequence[CellResult]) -> Verdict:
-    """Held: joint training saves more than half on average, at the plain accuracy. Beaten: in every run."""
+    """Held: joint training saves over half on average, at the plain accuracy. Beaten: at least 55 % in every run."""
     claim = "Early exits after joint training save more than 50 % of the cost on CIFAR, at the network's accuracy."
     return _saving(claim, results, "joint", ("cifar10", "cifar100"), 0.5)
 
 
 def quarter_saved_on_tiny(results: Sequence[CellResult]) -> Verdict:
-    """Held: joint training saves more than a quarter on average, at the plain accuracy. Beaten: in every run."""
+    """Held: joint training saves over 25 % on average, at the plain accuracy. Beaten: at least 30 % in every run."""
     claim = "On Tiny ImageNet they save more than 25 %."
     return _saving(claim, results, "joint", ("tinyimagenet",), 0.25)
 
 
 def quarter_saved_by_exits_alone(results: Sequence[CellResult]) -> Verdict:
-    """Held: IC-only training saves more than a quarter on average, at the plain accuracy. Beaten: in every run."""
+    """Held: IC-only training saves over 25 % on average, at the plain accuracy. Beaten: at least 30 % in every run."""
     claim = "With IC-only training they still save more than 25 %."
     return _saving(claim, results, "ic_only", tuple(WASTEFUL), 0.25)
 
@@ -78,17 +92,17 @@ def accuracy_gained(results: Sequence[CellResult]) -> Verdict:
     gains = _gains(results)
     if not gains:
         return Verdict(claim, "not tested yet", "It takes an IC-only or joint run and its plain one.")
-    mean, shared = _mean(gains), [(run, gain, _published_gain(run)) for run, gain in gains]
+    shared = [(run, gain, _published_gain(run)) for run, gain in gains]
     known = [(gain, published) for _, gain, published in shared if published is not None]
-    found = f"The gain is {_summary(gains, _points)}; {_evidence(gains)}."
+    found = f"The gain is {summary(gains, in_points)}; {evidence(gains)}."
     more = bool(known) and statistics.fmean(g for g, _ in known) > statistics.fmean(p for _, p in known)
     if known:
         found += (
-            f" In the {_count(len(known), 'run')} with a published counterpart it is "
-            f"{_points(statistics.fmean(g for g, _ in known))}, published are "
-            f"{_points(statistics.fmean(p for _, p in known))}, of thresholds chosen on test."
+            f" In the {counted_as(len(known), 'run')} with a published counterpart it is "
+            f"{in_points(statistics.fmean(g for g, _ in known))}, published are "
+            f"{in_points(statistics.fmean(p for _, p in known))}, of thresholds chosen on test."
         )
-    return Verdict(claim, "not held" if mean <= 0 else "beaten" if more else "held", found)
+    return Verdict(claim, "not held" if reaches(0.0, mean(gains)) else "beaten" if more else "held", found)
 
 
 def gain_up_to(results: Sequence[CellResult]) -> Verdict:
@@ -98,7 +112,7 @@ def gain_up_to(results: Sequence[CellResult]) -> Verdict:
     if not gains:
         return Verdict(claim, "not tested yet", "It takes an IC-only or joint run and its plain one.")
     run, largest = max(gains, key=lambda pair: pair[1])
-    found = f"The largest is {100 * largest:+.1f} % of the plain accuracy ({run.name}); {_evidence(gains)}."
+    found = f"The largest is {100 * largest:+.1f} % of the plain accuracy ({run.name}); {evidence(gains)}."
     return Verdict(claim, "beaten" if largest > GAIN[1] else "held" if largest >= GAIN[0] else "not held", found)
 
 
@@ -108,9 +122,9 @@ def joint_training_harmless(results: Sequence[CellResult]) -> Verdict:
     changes = [(run, run.accuracy - plain.accuracy) for run, plain in _pairs(results, ("joint",))]
     if not changes:
         return Verdict(claim, "not tested yet", "It takes a joint run and its plain one.")
-    mean = _mean(changes)
-    word: Word = "not held" if mean < -HALF_A_POINT else "beaten" if mean > HALF_A_POINT else "held"
-    found = f"It changes by {_summary(changes, _points)}; {_evidence(changes)}."
+    change = mean(changes)
+    word: Word = "beaten" if change > HALF_A_POINT else "held" if reaches(change, -HALF_A_POINT) else "not held"
+    found = f"It changes by {summary(changes, in_points)}; {evidence(changes)}."
     return Verdict(claim, word, found)
 
 
@@ -126,10 +140,10 @@ def wasteful_on_most(results: Sequence[CellResult]) -> Verdict:
         for data in WASTEFUL
         if any(run.config.data == data for run, _ in shares)
     }
-    held = all(share >= WASTEFUL[data] - NEAR for data, share in largest.items())
+    held = all(reaches(share, WASTEFUL[data] - NEAR) for data, share in largest.items())
     listed = ", ".join(f"{100 * share:.1f} % on {title_of(data)}" for data, share in largest.items())
     missing = " and ".join(title_of(data) for data in WASTEFUL if data not in largest)
-    found = f"The largest shares are {listed}; {_evidence(shares)}."
+    found = f"The largest shares are {listed}; {evidence(shares)}."
     found += f" Not tested on {missing}." if missing else ""
     return Verdict(claim, "held" if held else "not held", found)
 
@@ -140,9 +154,8 @@ def half_of_errors_destructive(results: Sequence[CellResult]) -> Verdict:
     shares = [(run, run.overthinking.destructive_of_errors) for run in _with_exits(results)]
     if not shares:
         return Verdict(claim, "not tested yet", "It takes a run with internal exits.")
-    mean = _mean(shares)
-    found = f"It is {_summary(shares, _per_cent)} of them; {_evidence(shares)}."
-    return Verdict(claim, "held" if abs(mean - DESTRUCTIVE) <= 0.1 else "not held", found)
+    found = f"It is {summary(shares, in_per_cent)} of them; {evidence(shares)}."
+    return Verdict(claim, "held" if reaches(0.1, abs(mean(shares) - DESTRUCTIVE)) else "not held", found)
 
 
 def confusion_misses_fewer(results: Sequence[CellResult]) -> Verdict:
@@ -152,7 +165,7 @@ def confusion_misses_fewer(results: Sequence[CellResult]) -> Verdict:
     """
     claim = "Confusion tells wrong answers from right ones with fewer false negatives than confidence."
     runs = [
-        (run, run.confusion) for run in _with_exits(results) if run.confusion is not None and not label_smoothing(run)
+        (run, run.confusion) for run in _with_exits(results) if run.confusion is not None and not run.label_smoothing
     ]
     if not runs:
         return Verdict(claim, "not tested yet", "It takes a run with internal exits and without label smoothing.")
@@ -163,32 +176,58 @@ def confusion_misses_fewer(results: Sequence[CellResult]) -> Verdict:
     found = (
         f"An alarm at the mean right answer misses {100 * missed:.1f} % of the errors by confusion, "
         f"{100 * unseen:.1f} % by confidence; confusion misses fewer in {sum(x > 0 for _, x in fewer)} of {len(runs)} "
-        f"runs. AUROC {areas[0]:.3f} against {areas[1]:.3f}; {_evidence(fewer)}."
+        f"runs. AUROC {areas[0]:.3f} against {areas[1]:.3f}; {evidence(fewer)}."
     )
     everywhere = all(x > 0 for _, x in fewer) and all(f.auroc["confusion"] > f.auroc["max-softmax"] for _, f in runs)
-    return Verdict(claim, "not held" if _mean(fewer) <= 0 else "beaten" if everywhere else "held", found)
+    return Verdict(claim, "not held" if reaches(0.0, mean(fewer)) else "beaten" if everywhere else "held", found)
 
 
-def backdoor_undone(effects: Sequence[BackdoorEffect]) -> Verdict:
+def backdoor_undone(results: Sequence[BackdoorResult]) -> Verdict:
     """Held: with early exits, the accuracy on triggered samples comes within five points of the published one.
 
-    Beaten: it passes that.
+    Beaten: it passes that. A network that the attack did not take, or one on other data than CIFAR-10, tests nothing.
     """
     claim = (
         f"On a backdoored network's triggered samples, early exits raise the accuracy from {100 * BACKDOOR[0]:.0f} to "
         f"{100 * BACKDOOR[1]:.0f} %."
     )
-    found = [(effect.accuracy[-1], effect.with_policy.accuracy) for effect in effects if effect.with_policy is not None]
-    if not found:
-        return Verdict(claim, "not tested yet", "It takes a backdoored network and a policy.")
-    before, after = (statistics.fmean(column) for column in zip(*found, strict=True))
-    counts = sorted({effect.n_triggered for effect in effects if effect.with_policy is not None})
-    word: Word = "beaten" if after > BACKDOOR[1] else "held" if after >= BACKDOOR[1] - NEAR else "not held"
-    images = " to ".join(f"{count:,}" for count in {counts[0], counts[-1]})
-    return Verdict(
-        claim,
-        word,
-        f"From {100 * before:.1f} to {100 * after:.1f} % (n = {_count(len(found), 'run')}, {images} triggered images).",
+    judged, left = [], Counter[str]()
+    for result in results:
+        reason = _backdoor_reason(result)
+        if reason is None:
+            judged.append(result.effect)
+        else:
+            left[reason] += 1
+    aside = "; ".join(f"{reason} ({counted_as(number, 'run')})" for reason, number in left.items())
+    found = _undone(judged) if judged else "It takes a network on CIFAR-10 that the backdoor works on, and a policy."
+    found += f" Left out: {aside}." if aside else ""
+    if not judged:
+        return Verdict(claim, "not tested yet", found)
+    after = _mean_with_policy(judged)
+    word: Word = "beaten" if after > BACKDOOR[1] else "held" if reaches(after, BACKDOOR[1] - NEAR) else "not held"
+    return Verdict(claim, word, found)
+
+
+def _backdoor_reason(result: BackdoorResult) -> str | None:
+    """Why a backdoor's result does not test the claim; ``None``: it does."""
+    if result.data != "cifar10":
+        return f"not CIFAR-10 but {title_of(result.data)}"
+    if not reaches(result.effect.attack_success[-1], ATTACKED):
+        return f"the attack did not work, {in_per_cent(result.effect.attack_success[-1])} success"
+    return "no policy" if result.effect.with_policy is None else None
+
+
+def _mean_with_policy(effects: Sequence[BackdoorEffect]) -> float:
+    return statistics.fmean(effect.with_policy.accuracy for effect in effects if effect.with_policy is not None)
+
+
+def _undone(effects: Sequence[BackdoorEffect]) -> str:
+    before = statistics.fmean(effect.accuracy[-1] for effect in effects)
+    counts = sorted({effect.n_triggered for effect in effects})
+    images = " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1])))
+    return (
+        f"From {100 * before:.1f} to {in_per_cent(_mean_with_policy(effects))} "
+        f"(n = {counted_as(len(effects), 'run')}, {images} triggered images)."
     )
 
 
@@ -205,22 +244,19 @@ CLAIMS: tuple[Callable[[Sequence[CellResult]], Verdict], ...] = (
 )
 
 
-def label_smoothing(result: CellResult) -> float:
-    """Of the recipe that trained a cell; it changes every confidence."""
-    config = result.config
-    trains: Trains = "exits" if config.strategy == "ic_only" else "all"
-    return config.recipe.build(trains, config.network).label_smoothing
-
-
 def saved_at_plain_accuracy(run: CellResult, plain: CellResult) -> tuple[float, float]:
     """What a run saves while it is as accurate as the plain network, and its accuracy there; both on test.
 
     The threshold is that of the lowest budget, in steps of 2.5 %, whose validation accuracy is the plain network's or
     better. Where none is, samples go through to the last exit, and nothing is saved.
+
+    Without validation images (recipe ``paper``) the *budget* is chosen on the test images themselves: the lowest whose
+    thresholds, each on the half of them that chose it, are as accurate as the plain network on all of them. What is
+    then saved, and the accuracy, are still those of each threshold on the other half.
     """
     floor = plain.val_accuracy[-1] if plain.val_accuracy and run.val_accuracy else plain.accuracy
     for row in () if run.curve is None else run.curve.table:
-        if row.val_accuracy is not None and row.val_accuracy >= floor:
+        if row.val_accuracy is not None and reaches(row.val_accuracy, floor):
             assert row.cost is not None
             assert row.accuracy is not None
             return 1 - row.cost, row.accuracy
@@ -228,19 +264,28 @@ def saved_at_plain_accuracy(run: CellResult, plain: CellResult) -> tuple[float, 
 
 
 def _saving(claim: str, results: Sequence[CellResult], strategy: str, data: Sequence[str], bound: float) -> Verdict:
+    """Held: the mean saving passes the bound, and the mean accuracy is the plain one but for half a point.
+
+    Beaten: every run by itself saves five points more than the bound, and has the plain accuracy but for half a point.
+    """
     pairs = [pair for pair in _pairs(results, (strategy,)) if pair[0].config.data in data and pair[0].curve]
     if not pairs:
         needed = " or ".join(title_of(name) for name in data)
         return Verdict(claim, "not tested yet", f"It takes {_a(strategy)} run and its plain one on {needed}.")
     found = [(run, plain, *saved_at_plain_accuracy(run, plain)) for run, plain in pairs]
     savings = [(run, saving) for run, _, saving, _ in found]
-    change = statistics.fmean(accuracy - plain.accuracy for _, plain, _, accuracy in found)
-    mean = _mean(savings)
-    held = mean > bound and change >= -HALF_A_POINT
-    said = (
-        f"Saved are {_summary(savings, _per_cent)}, at {_points(change)} from the plain accuracy; {_evidence(savings)}."
+    changes = [(run, accuracy - plain.accuracy) for run, plain, _, accuracy in found]
+    held = mean(savings) > bound and reaches(mean(changes), -HALF_A_POINT)
+    beaten = all(reaches(saving, bound + NEAR) for _, saving in savings) and all(
+        reaches(change, -HALF_A_POINT) for _, change in changes
     )
-    beaten = held and all(saving > bound for _, saving in savings)
+    said = (
+        f"Saved are {summary(savings, in_per_cent)}, at {in_points(mean(changes))} from the plain accuracy; "
+        f"{evidence(savings)}."
+    )
+    unheld = sum(not (run.val_accuracy and plain.val_accuracy) for run, plain in pairs)
+    if unheld:
+        said += f" Without validation images, the budget was chosen on the test images themselves in {unheld} of them."
     return Verdict(claim, "beaten" if beaten else "held" if held else "not held", said)
 
 
@@ -270,47 +315,5 @@ def _published_gain(run: CellResult) -> float | None:
     return None if row is None else (row.joint if run.strategy == "joint" else row.ic_only) - row.plain
 
 
-def _mean(figures: Figures) -> float:
-    return statistics.fmean(value for _, value in figures)
-
-
-def _points(value: float) -> str:
-    return f"{signed(100 * value)} points"
-
-
-def _per_cent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def _summary(figures: Figures, written: Callable[[float], str]) -> str:
-    """The mean and, of several runs, the range."""
-    values = [value for _, value in figures]
-    mean = written(statistics.fmean(values))
-    return mean if len(values) == 1 else f"{mean} on average ({written(min(values))} to {written(max(values))})"
-
-
-def _evidence(figures: Figures) -> str:
-    """Number of runs and images, and the spread over seeds where a cell was run under several."""
-    runs = [run for run, _ in figures]
-    images = sorted({run.n_test for run in runs})
-    counted = f"{images[0]:,}" if len(images) == 1 else f"{images[0]:,} to {images[-1]:,}"
-    spread = spread_over_seeds(figures)
-    seeds = "one seed each" if spread is None else f"±{100 * spread:.2f} points between seeds"
-    return f"n = {_count(len(runs), 'run')} on {counted} test images, {seeds}"
-
-
-def spread_over_seeds(figures: Figures) -> float | None:
-    """Standard deviation between runs that differ in their seed alone, pooled; ``None``: there are no such runs."""
-    groups: dict[tuple, list[float]] = {}
-    for run, value in figures:
-        groups.setdefault((run.strategy, *run.pair[:-1]), []).append(value)
-    several = [statistics.variance(values) for values in groups.values() if len(values) > 1]
-    return statistics.fmean(several) ** 0.5 if several else None
-
-
 def _a(strategy: str) -> str:
     return f"a{'n' if strategy == 'ic_only' else ''} {label(strategy)}"
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"

@@ -5,12 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from shallowdeep.studies.claims import is_comparable, label_smoothing
-from shallowdeep.studies.estimates import title_of
 from shallowdeep.studies.layout import (
     Group,
     label,
     markdown_table,
+    mean_over,
     mean_text,
     paragraph,
     percent,
@@ -19,6 +18,7 @@ from shallowdeep.studies.layout import (
 )
 from shallowdeep.studies.published import CONFUSION, TABLE_3, WASTEFUL
 from shallowdeep.studies.results import CellResult
+from shallowdeep.studies.tasks import title_of
 
 DIFFERENCES = """\
 What differs, whatever the figures: the paper has one run, trained on all training images for 100 epochs (exits alone:
@@ -71,7 +71,7 @@ def _max_table(groups: Sequence[Group]) -> list[str]:
                         title_of(data),
                         title_of_network(network),
                         f"ours, {group.recipe}",
-                        mean_text([r.accuracy for r in plain]),
+                        mean_over(plain, lambda run: run.accuracy),
                         *found,
                     ]
                 )
@@ -109,7 +109,7 @@ def _confusion_table(groups: Sequence[Group]) -> list[str]:
         for group in groups:
             for strategy in ("ic_only", "joint", "mixed"):
                 runs = _comparable(group.of(network, strategy)) if group.data == data else []
-                found = [run.confusion for run in runs if run.confusion is not None and not label_smoothing(run)]
+                found = [run.confusion for run in runs if run.confusion is not None and not run.label_smoothing]
                 if found:
                     names = ("mean_correct", "mean_wrong", "confidence_correct", "confidence_wrong")
                     means = [statistics.fmean(getattr(c, name) for c in found) for name in names]
@@ -124,4 +124,4 @@ def _confusion_table(groups: Sequence[Group]) -> list[str]:
 
 
 def _comparable(runs: Sequence[CellResult]) -> list[CellResult]:
-    return [run for run in runs if is_comparable(run)]
+    return [run for run in runs if not run.flaws]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import statistics
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from shallowdeep.studies.estimates import TASKS, is_complete
+from shallowdeep.analysis.budgets import BUDGETS
 from shallowdeep.studies.results import CellResult
+from shallowdeep.studies.tasks import TASKS
 
-BUDGETS = ((0.25, "≤ 25 %"), (0.50, "≤ 50 %"), (0.75, "≤ 75 %"), (None, "Max"))
-"""The paper's columns."""
+COLUMNS = tuple((budget, "Max" if budget is None else f"≤ {100 * budget:.0f} %") for budget in BUDGETS)
+"""The paper's budgets, and how a table's head names them."""
 NETWORK_TITLES = {"vgg16": "VGG-16", "resnet56": "ResNet-56", "wrn32_4": "WideResNet-32-4", "mobilenet": "MobileNet"}
 
 
@@ -71,13 +72,9 @@ def groups_of(results: Sequence[CellResult], order: Sequence[str]) -> list[Group
     return [Group(*key, tuple(found[key])) for key in sorted(found, key=place)]
 
 
-def incomplete_note(group: Group) -> str | None:
-    """What a group lacks of its data set; ``None`` where it has all of it."""
-    sizes = sorted({result.n_train + result.n_val for result in group.results})
-    if all(is_complete(group.data, size) for size in sizes):
-        return None
-    listed = ", ".join(f"{size:,}" for size in sizes)
-    return f"{listed} training images were at hand, of {TASKS[group.data].num_images:,}."
+def flaws_of(group: Group) -> list[str]:
+    """Why a group's figures are no match for published ones; empty where they are."""
+    return list(dict.fromkeys(flaw for result in group.results for flaw in result.flaws))
 
 
 def label(strategy: str) -> str:
@@ -118,6 +115,11 @@ def mean_text(shares: Sequence[float]) -> str:
         return "–"
     mean = percent(statistics.fmean(shares))
     return mean if len(shares) == 1 else f"{mean} ± {percent(statistics.stdev(shares))}"
+
+
+def mean_over(runs: Sequence[CellResult], value: Callable[[CellResult], float]) -> str:
+    """The mean of one share of some runs, as ``mean_text`` writes it."""
+    return mean_text([value(run) for run in runs])
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

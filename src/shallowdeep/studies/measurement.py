@@ -14,12 +14,12 @@ from shallowdeep.errors import FileFormatError, TraceError
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.runs import Run
 from shallowdeep.storage import parse_json, read_json
-from shallowdeep.studies.results import CellResult, Provenance
+from shallowdeep.studies.results import CellResult, Provenance, Start
 from shallowdeep.traces.trace import Trace
 
 STEPS = tuple(step / 40 for step in range(4, 41))
 """Budgets of the curve: from a tenth of the plain network's cost to all of it, in steps of 2.5 %."""
-_OF_THE_LAST_START = ("python", "versions", "processor", "cores", "threads", "accelerator", "data_md5")
+_OF_A_START = ("started", "python", "versions", "processor", "cores", "threads", "accelerator")
 
 
 def measure(
@@ -114,16 +114,18 @@ def _provenance(run: Run, command: Sequence[str]) -> Provenance:
     path = run.folder / "environment.json"
     values = read_json(path)
     try:
-        starts = [*values.get("earlier", []), values]
+        earlier = [_start(start, "--compile" in shlex.split(start["command"])) for start in values.get("earlier", [])]
         return Provenance(
             command=shlex.join(["shallowdeep", *command]),
-            compiled=run.config.compile,
-            revisions=tuple(start.get("revision") for start in starts),
-            started=tuple(start["started"] for start in starts),
-            **{name: values[name] for name in _OF_THE_LAST_START},
+            starts=(*earlier, _start(values, run.config.compile)),
+            data_md5=values["data_md5"],
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise FileFormatError(
             f"{path} describes no environment ({error}). Put back what the training wrote, "
             "or remove the run folder to train again."
         ) from None
+
+
+def _start(values: Mapping[str, Any], compiled: bool) -> Start:
+    return Start(revision=values.get("revision"), compiled=compiled, **{name: values[name] for name in _OF_A_START})

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import os
-import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from shallowdeep.analysis.backdoor import BackdoorEffect
 from shallowdeep.errors import FileFormatError
-from shallowdeep.storage import read_as, read_json, write_text
-from shallowdeep.studies.claims import judge
+from shallowdeep.storage import write_text
+from shallowdeep.studies.claims import judge, reasons_against
 from shallowdeep.studies.comparison import compare_with_published
-from shallowdeep.studies.estimates import title_of
+from shallowdeep.studies.evidence import counted_as, reaches
 from shallowdeep.studies.layout import (
-    BUDGETS,
+    COLUMNS,
     Group,
+    flaws_of,
     groups_of,
-    incomplete_note,
-    label,
     markdown_table,
+    mean_over,
     mean_text,
     paragraph,
     percent,
     title_of_network,
 )
 from shallowdeep.studies.paper import DATA, NETWORKS
-from shallowdeep.studies.results import CellResult, read_results
+from shallowdeep.studies.reproduction import show_how
+from shallowdeep.studies.results import BackdoorResult, CellResult, read_backdoor, read_results
 from shallowdeep.studies.sections import compare_thresholds, show_confusion, show_exits, show_overthinking
+from shallowdeep.studies.tasks import title_of
 
 
 def write_page(
@@ -38,7 +39,7 @@ def write_page(
     Args:
         results: folder with the cells' results.
         out: Markdown file to write.
-        backdoors: JSON files with what ``measure_backdoor`` found.
+        backdoors: ``results/backdoor.json`` of attacked runs.
 
     Returns:
         Number of cells on it.
@@ -49,11 +50,11 @@ def write_page(
     cells = read_results(results)
     if not cells:
         raise FileFormatError(f"no results under {results}. Run some cells: shallowdeep study paper --list")
-    write_text(out, page_of(cells, [_read_backdoor(path) for path in sorted(map(Path, backdoors))]))
+    write_text(out, page_of(cells, [read_backdoor(path) for path in sorted(map(Path, backdoors))]))
     return len(cells)
 
 
-def page_of(results: Sequence[CellResult], backdoors: Sequence[BackdoorEffect] = ()) -> str:
+def page_of(results: Sequence[CellResult], backdoors: Sequence[BackdoorResult] = ()) -> str:
     """The page as Markdown."""
     groups = groups_of(results, DATA)
     lines = ["# The paper's table, run again", "", *_intro(results, groups)]
@@ -66,17 +67,10 @@ def page_of(results: Sequence[CellResult], backdoors: Sequence[BackdoorEffect] =
         ("Overthinking", show_overthinking),
         ("Confusion", show_confusion),
         ("Published figures beside ours", compare_with_published),
-        ("How it was run", _how),
+        ("How it was run", show_how),
     ):
         lines += ["", f"## {title}", "", *section(groups)]
     return "\n".join(lines) + "\n"
-
-
-def _read_backdoor(path: Path) -> BackdoorEffect:
-    try:
-        return read_as(BackdoorEffect, read_json(path))
-    except TypeError as error:
-        raise FileFormatError(f"{path} is no result of a backdoor study ({error}).") from None
 
 
 def _intro(results: Sequence[CellResult], groups: Sequence[Group]) -> list[str]:
@@ -126,8 +120,8 @@ def _about(group: Group) -> list[str]:
             """All training images were trained on, so thresholds come from cross-fitted halves of the test images: each
             half is answered with the threshold that the other chose."""
         )
-    note = incomplete_note(group)
-    return lines if note is None else [*lines, "", *paragraph(f"**Not comparable with published figures:** {note}")]
+    flaws = "; ".join(flaws_of(group))
+    return lines if not flaws else [*lines, "", *paragraph(f"**Not comparable with published figures:** {flaws}.")]
 
 
 def _budget_table(group: Group, strategies: Sequence[str]) -> list[str]:
@@ -139,10 +133,10 @@ def _budget_table(group: Group, strategies: Sequence[str]) -> list[str]:
         runs = str(present[0]) if len(present) == 1 else "/".join(map(str, counts)) if present else "–"
         cells = [
             " · ".join(_within(group.of(network, strategy), plain, budget) for strategy in strategies)
-            for budget, _ in BUDGETS
+            for budget, _ in COLUMNS
         ]
-        rows.append([title_of_network(network), runs, mean_text([run.accuracy for run in plain]), *cells])
-    return markdown_table(["network", "runs", "CNN", *(title for _, title in BUDGETS)], rows)
+        rows.append([title_of_network(network), runs, mean_over(plain, lambda run: run.accuracy), *cells])
+    return markdown_table(["network", "runs", "CNN", *(title for _, title in COLUMNS)], rows)
 
 
 def _within(runs: Sequence[CellResult], plain: Sequence[CellResult], budget: float | None) -> str:
@@ -156,78 +150,35 @@ def _within(runs: Sequence[CellResult], plain: Sequence[CellResult], budget: flo
     by_seed = {run.config.seed: run.accuracy for run in plain}
     gains = [accuracy - by_seed[run.config.seed] for run, accuracy, _ in met if run.config.seed in by_seed]
     text = mean_text([accuracy for _, accuracy, _ in met])
-    text = f"**{text}**" if gains and sum(gains) >= 0 else text
+    text = f"**{text}**" if gains and reaches(sum(gains), 0.0) else text
     return f"{text} <sub>{percent(sum(cost for _, _, cost in met) / len(met), 1)}</sub>"
 
 
-def _claims(results: Sequence[CellResult], backdoors: Sequence[BackdoorEffect]) -> list[str]:
+def _claims(results: Sequence[CellResult], backdoors: Sequence[BackdoorResult]) -> list[str]:
     lines = paragraph(
-        """*Held*: so it is in the mean over all runs that test the claim. *Beaten*: more than was claimed was found. No
-        run is left out for its outcome; runs on incomplete data, and for confusion runs with label smoothing, test
-        nothing."""
+        f"""*Held*: so it is in the mean over all runs that test the claim. *Beaten*: more than was claimed was found.
+        No run is left out for its outcome. {_judged(results)}"""
     )
     for verdict in judge(results, backdoors):
         lines += ["", *paragraph(f"- **{verdict.word.capitalize()}.** *{verdict.claim}* {verdict.found}")]
+    left: dict[str, list[str]] = {}
+    for result in results:
+        if reasons := reasons_against(result):
+            left.setdefault("; ".join(reasons), []).append(result.name)
+    if left:
+        lines += ["", "Left out of all verdicts:"]
+    for reason, names in sorted(left.items()):
+        lines += ["", *paragraph(f"- {reason}: {', '.join(sorted(names))}")]
     return lines
 
 
-def _how(groups: Sequence[Group]) -> list[str]:
-    strategies = ("plain", "ic_only", "joint", "mixed")
-    rows = [
-        [
-            title_of(group.data),
-            group.recipe,
-            title_of_network(network),
-            *(_time(group.of(network, strategy)) for strategy in strategies),
-        ]
-        for group in groups
-        for network in group.networks(NETWORKS)
-    ]
-    results = [result for group in groups for result in group.results]
-    places: dict[str, list[CellResult]] = {}
-    for result in results:
-        kept = result.provenance
-        place = f"{kept.hardware}; PyTorch {kept.versions.get('torch', '?')}, Python {kept.python}"
-        places.setdefault(place, []).append(result)
-    lines = [
-        *paragraph(
-            """Each cell has a file under `results/paper/` with its configuration, figures, fingerprints of the data,
-            revision and the command that makes it again. All cells of a group, and then this page:"""
-        ),
-        "",
-        "```sh",
-        *(_command(group) for group in groups),
-        "shallowdeep study paper --table",
-        "```",
-        "",
-    ]
-    for place, cells in sorted(places.items()):
-        hours = sum(cell.seconds for cell in cells) / 3600
-        lines.append(f"- {place}: {len(cells)} cells, {hours:.1f} hours of training")
-    return [
-        *lines,
-        "",
-        *paragraph(
-            """Minutes of training, and in brackets epochs, of each cell in the mean over seeds; validation is not
-            counted, and a machine shared with other work shows. Mixed is without the plain phase that it goes on from,
-            IC-only with the time to record what the exits see, where that was done."""
-        ),
-        "",
-        *markdown_table(["data", "recipe", "network", *map(label, strategies)], rows),
-    ]
-
-
-def _command(group: Group) -> str:
-    seeds = ",".join(str(seed) for seed in sorted({result.config.seed for result in group.results}))
-    words = ["shallowdeep study paper", f"--only '{group.data}/*'"]
-    words += [] if group.data in DATA else [f"--data {group.data}"]
-    words += [f"--network {network}" for network in group.networks(NETWORKS) if network not in NETWORKS]
-    words += [f"--recipe {group.recipe_name}"] + ([] if group.epochs is None else [f"--epochs {group.epochs}"])
-    return " ".join([*words, f"--seeds {seeds}"])
-
-
-def _time(runs: Sequence[CellResult]) -> str:
-    if not runs:
-        return "–"
-    epochs = "/".join(str(number) for number in sorted({run.epochs for run in runs}))
-    return f"{statistics.fmean(run.seconds for run in runs) / 60:.1f} ({epochs})"
+def _judged(results: Sequence[CellResult]) -> str:
+    """How many runs the verdicts rest on, and of what lengths."""
+    lengths = Counter((r.config.recipe.name, r.length) for r in results if not reasons_against(r))
+    if not lengths:
+        return "No run so far tests any."
+    parts = [f"{length} epochs ({recipe}, {counted_as(n, 'run')})" for (recipe, length), n in sorted(lengths.items())]
+    return (
+        f"The verdicts rest on networks trained for {', '.join(parts)}; IC-only counts with the plain network it "
+        f"starts from, and runs with label smoothing say nothing of confusion."
+    )

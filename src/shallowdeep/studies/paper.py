@@ -12,7 +12,8 @@ from shallowdeep.data.sources import data_sets
 from shallowdeep.errors import ConfigError, UnknownName
 from shallowdeep.networks.zoo import networks as known_networks
 from shallowdeep.studies.cells import Cell, State, Workplace, state_of
-from shallowdeep.studies.estimates import TASKS, Rates, measure_rates, training_flops
+from shallowdeep.studies.estimates import Rates, measure_rates, training_flops
+from shallowdeep.studies.tasks import TASKS
 from shallowdeep.training.features import FeatureReuse
 from shallowdeep.training.recipes import RECIPES
 

@@ -8,33 +8,37 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from shallowdeep.analysis.backdoor import BackdoorEffect
 from shallowdeep.analysis.budgets import BudgetRow, Budgets
 from shallowdeep.analysis.confusion import Confusion
 from shallowdeep.analysis.overthinking import Overthinking
 from shallowdeep.config import RunConfig
 from shallowdeep.errors import FileFormatError
 from shallowdeep.storage import read_as, read_json
+from shallowdeep.studies.tasks import TASKS, is_complete
+from shallowdeep.training.recipes import Trains
+
+MIN_EPOCHS = 20
+"""Shortest training of a network that says something of the paper: its cells are meant to be run for 20 to 30 epochs
+where time is short, and as long as their recipe says where it is not. A shorter one tries the chain out."""
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Provenance(BaseModel):
-    """Hardware, versions, data and command behind a result.
+class Start(BaseModel):
+    """Where and with what a training was begun, or gone on with after it was stopped.
 
     Attributes:
-        command: that makes the cell again.
-        revisions: of the package, at each start of the training.
-        started: when, at each start.
-        compiled: whether PyTorch's compiler made the training step.
-        data_md5: split to fingerprints of its images and labels.
+        revision: of the package; ``None``: it was installed, not run from its repository.
+        started: when.
         accelerator: ``None``: a CPU alone.
+        compiled: whether PyTorch's compiler made the training step.
     """
 
     model_config = _FROZEN
 
-    command: str
-    revisions: tuple[str | None, ...]
-    started: tuple[str, ...]
+    revision: str | None
+    started: str
     python: str
     versions: dict[str, str]
     processor: str
@@ -42,13 +46,35 @@ class Provenance(BaseModel):
     threads: int
     accelerator: str | None
     compiled: bool
+
+    @property
+    def place(self) -> str:
+        """What figures and times depend on, in a line."""
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        hardware = self.accelerator or f"{self.processor}, {threads}"
+        compiled = ", compiled" if self.compiled else ""
+        return f"{hardware}{compiled}; PyTorch {self.versions.get('torch', '?')}, Python {self.python}"
+
+
+class Provenance(BaseModel):
+    """Hardware, versions, data and command behind a result.
+
+    Attributes:
+        command: that makes the cell again.
+        starts: of the training, in their order; more than one where it was stopped and gone on with.
+        data_md5: split to fingerprints of its images and labels.
+    """
+
+    model_config = _FROZEN
+
+    command: str
+    starts: tuple[Start, ...] = Field(min_length=1)
     data_md5: dict[str, dict[str, str]]
 
     @property
-    def hardware(self) -> str:
-        """In a few words."""
-        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
-        return self.accelerator or f"{self.processor}, {threads}"
+    def places(self) -> tuple[str, ...]:
+        """Of all starts, each once, the first first."""
+        return tuple(dict.fromkeys(start.place for start in self.starts))
 
 
 class CellResult(BaseModel):
@@ -107,6 +133,26 @@ class CellResult(BaseModel):
         recipe = self.config.recipe
         return self.config.data, self.config.network, recipe.name, recipe.epochs, self.config.seed
 
+    @property
+    def length(self) -> int:
+        """Epochs that its network was trained for; IC-only, in the plain cell it starts from."""
+        return self.config.recipe.build("backbone", self.config.network).epochs
+
+    @property
+    def label_smoothing(self) -> float:
+        """Of the recipe that trained it; it changes every confidence."""
+        trains: Trains = "exits" if self.config.strategy == "ic_only" else "all"
+        return self.config.recipe.build(trains, self.config.network).label_smoothing
+
+    @property
+    def flaws(self) -> tuple[str, ...]:
+        """Why its figures are no match for published ones; empty where they are."""
+        data, images = self.config.data, self.n_train + self.n_val
+        found = [] if is_complete(data, images) else [f"{images:,} training images of {TASKS[data].num_images:,}"]
+        if self.length < MIN_EPOCHS:
+            found.append(f"{self.length} epoch{'' if self.length == 1 else 's'}, fewer than {MIN_EPOCHS}")
+        return tuple(found)
+
     def within(self, budget: float | None) -> BudgetRow | None:
         """The paper's column of that name; ``None`` for a network without internal exits."""
         rows = () if self.budgets is None else self.budgets.table
@@ -147,3 +193,39 @@ def read_results(folder: str | os.PathLike[str]) -> list[CellResult]:
     if errors:
         raise FileFormatError("\n".join(errors))
     return sorted(found, key=lambda result: result.name)
+
+
+class BackdoorResult(BaseModel):
+    """What a backdoor did to a network, and the data set that it was done on."""
+
+    model_config = _FROZEN
+
+    data: str
+    effect: BackdoorEffect
+
+
+class _Data(BaseModel):
+    data: str
+
+
+class _Configured(BaseModel):
+    """A file that says of its run's configuration, among other things, what data it had."""
+
+    config: _Data
+
+
+def read_backdoor(path: str | os.PathLike[str]) -> BackdoorResult:
+    """Read a run's ``results/backdoor.json``.
+
+    Raises:
+        FileFormatError: the file is missing or damaged, or does not say what data it is of.
+    """
+    values = read_json(path)
+    try:
+        data = read_as(_Configured, values).config.data
+        return BackdoorResult(data=data, effect=read_as(BackdoorEffect, values))
+    except TypeError as error:
+        raise FileFormatError(
+            f"{path} is no result of a backdoor study ({error}). Give the results/backdoor.json that "
+            "shallowdeep analyze wrote."
+        ) from None

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from statistics import fmean
 
-from shallowdeep.studies.claims import label_smoothing
-from shallowdeep.studies.estimates import title_of
+from shallowdeep.analysis.confusion import Confusion
 from shallowdeep.studies.layout import (
-    BUDGETS,
+    COLUMNS,
     Group,
     label,
     markdown_table,
+    mean_over,
     mean_text,
     paragraph,
     percent,
@@ -19,6 +20,7 @@ from shallowdeep.studies.layout import (
 )
 from shallowdeep.studies.paper import NETWORKS
 from shallowdeep.studies.results import CellResult
+from shallowdeep.studies.tasks import title_of
 
 SCORES = ("confusion", "max-softmax", "entropy")
 _HEADS = ("data", "recipe", "network", "training")
@@ -30,7 +32,7 @@ def compare_thresholds(groups: Sequence[Group]) -> list[str]:
     rows, flattery = [], []
     for group, network, strategy, runs in _runs_with_exits(groups):
         cells = []
-        for budget, _ in BUDGETS:
+        for budget, _ in COLUMNS:
             found = [row for run in runs if (row := run.within(budget)) is not None]
             pairs = [
                 (row.accuracy, row.test_chosen_accuracy)
@@ -42,7 +44,7 @@ def compare_thresholds(groups: Sequence[Group]) -> list[str]:
         rows.append([*_names(group, network, strategy), *cells])
     if not rows:
         return NOTHING
-    mean, most = sum(flattery) / len(flattery), max(flattery)
+    mean, most = fmean(flattery), max(flattery)
     return [
         *paragraph(
             f"""The authors' code chooses thresholds on the test images. Left of the slash is the accuracy of the
@@ -51,7 +53,7 @@ def compare_thresholds(groups: Sequence[Group]) -> list[str]:
             left figure can be the higher one where its threshold overruns the budget a little on test."""
         ),
         "",
-        *markdown_table([*_HEADS, *(title for _, title in BUDGETS)], rows),
+        *markdown_table([*_HEADS, *(title for _, title in COLUMNS)], rows),
     ]
 
 
@@ -69,8 +71,8 @@ def show_exits(groups: Sequence[Group]) -> list[str]:
             rows.append([*_names(group, network, "*cost*"), *costs[:-1], *blank, costs[-1]])
             before = group, network
         columns = [
-            f"{_mean(runs, lambda run, i=i: run.overthinking.accuracy[i])} / "
-            f"{_mean(runs, lambda run, i=i: run.overthinking.cumulative[i])}"
+            f"{mean_over(runs, lambda run, i=i: run.overthinking.accuracy[i])} / "
+            f"{mean_over(runs, lambda run, i=i: run.overthinking.cumulative[i])}"
             for i in range(len(first.costs))
         ]
         rows.append([*_names(group, network, strategy), *columns[:-1], *blank, columns[-1]])
@@ -94,7 +96,7 @@ def show_overthinking(groups: Sequence[Group]) -> list[str]:
         ("cost of an oracle", lambda run: run.overthinking.oracle_cost),
     ]
     rows = [
-        [*_names(group, network, strategy), *(_mean(runs, measure) for _, measure in measures)]
+        [*_names(group, network, strategy), *(mean_over(runs, measure) for _, measure in measures)]
         for group, network, strategy, runs in _runs_with_exits(groups)
     ]
     if not rows:
@@ -114,23 +116,13 @@ def show_confusion(groups: Sequence[Group]) -> list[str]:
     """How well confusion and the last exit's own scores find its wrong answers."""
     rows, smoothed = [], []
     for group, network, strategy, runs in _runs_with_exits(groups):
-        smoothed += [run.name for run in runs if label_smoothing(run)]
-        found = [run.confusion for run in runs if run.confusion is not None and not label_smoothing(run)]
+        smoothed += [run.name for run in runs if run.label_smoothing]
+        found = [run.confusion for run in runs if run.confusion is not None and not run.label_smoothing]
         if found:
-            means = [
-                " / ".join(
-                    signed(_average(getattr(c, name) for c in found)) for name in ("mean_correct", "mean_wrong")
-                ),
-                f"{_average(c.confidence_correct for c in found):.2f} / "
-                f"{_average(c.confidence_wrong for c in found):.2f}",
-                f"{percent(_average(c.wrong_below_correct_mean for c in found), 1)} / "
-                f"{percent(_average(c.wrong_above_correct_mean_confidence for c in found), 1)}",
-            ]
-            areas = [" / ".join(f"{_average(c.auroc[name] for c in found):.3f}" for name in SCORES)]
-            risks = [" / ".join(f"{_average(c.aurc[name] for c in found):.4f}" for name in SCORES)]
-            rows.append([*_names(group, network, strategy), *means, *areas, *risks])
+            rows.append([*_names(group, network, strategy), *_means(found)])
     if not rows and not smoothed:
         return NOTHING
+    heads = ("confusion, right / wrong", "confidence, right / wrong", "errors missed, %", "AUROC", "AURC")
     lines = [
         *paragraph(
             """Confusion is how much the exits disagree with the last one, normalised on training images. The means are
@@ -140,14 +132,27 @@ def show_confusion(groups: Sequence[Group]) -> list[str]:
             answers."""
         ),
         "",
-        *markdown_table(
-            [*_HEADS, "confusion, right / wrong", "confidence, right / wrong", "errors missed, %", "AUROC", "AURC"],
-            rows,
-        ),
+        *markdown_table([*_HEADS, *heads], rows),
     ]
     if smoothed:
         lines += ["", *paragraph(f"Trained with label smoothing and left out: {', '.join(smoothed)}.")]
     return lines
+
+
+def _means(found: Sequence[Confusion]) -> list[str]:
+    """A row's cells: what is compared stands on the two sides of a slash."""
+
+    def mean(name: str) -> float:
+        return fmean(getattr(confusion, name) for confusion in found)
+
+    missed = (mean("wrong_below_correct_mean"), mean("wrong_above_correct_mean_confidence"))
+    return [
+        f"{signed(mean('mean_correct'))} / {signed(mean('mean_wrong'))}",
+        f"{mean('confidence_correct'):.2f} / {mean('confidence_wrong'):.2f}",
+        " / ".join(percent(share, 1) for share in missed),
+        " / ".join(f"{fmean(confusion.auroc[score] for confusion in found):.3f}" for score in SCORES),
+        " / ".join(f"{fmean(confusion.aurc[score] for confusion in found):.4f}" for score in SCORES),
+    ]
 
 
 def _names(group: Group, network: str, strategy: str) -> list[str]:
@@ -162,12 +167,3 @@ def _runs_with_exits(groups: Sequence[Group]) -> list[tuple[Group, str, str, lis
         for strategy in ("ic_only", "joint", "mixed")
         if (runs := group.of(network, strategy))
     ]
-
-
-def _mean(runs: Sequence[CellResult], value: Callable[[CellResult], float]) -> str:
-    return mean_text([value(run) for run in runs])
-
-
-def _average(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)

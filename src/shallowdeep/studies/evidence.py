@@ -1,0 +1,81 @@
+"""One figure of each of several runs, in words: the mean, the range, and how much stands behind them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+from shallowdeep.studies.layout import signed
+from shallowdeep.studies.results import CellResult
+
+TIE = 1e-9
+"""Shares nearer than this are equal: one that is pooled from two halves can lie an ulp beside that of the whole."""
+
+Figures = Sequence[tuple[CellResult, float]]
+
+
+def reaches(value: float, bound: float) -> bool:
+    """Whether a value is a bound or above it.
+
+    >>> reaches(0.1 + 0.2 - 0.3, 0.0), reaches(0.3 - 0.2 - 0.1, 0.0), reaches(-0.001, 0.0)
+    (True, True, False)
+    """
+    return value >= bound - TIE
+
+
+def mean(figures: Figures) -> float:
+    """Over the runs."""
+    return statistics.fmean(value for _, value in figures)
+
+
+def in_points(value: float) -> str:
+    """A difference of two shares.
+
+    >>> in_points(-0.012)
+    '−1.20 points'
+    """
+    return f"{signed(100 * value)} points"
+
+
+def in_per_cent(value: float) -> str:
+    """A share.
+
+    >>> in_per_cent(0.5)
+    '50.0 %'
+    """
+    return f"{100 * value:.1f} %"
+
+
+def summary(figures: Figures, written: Callable[[float], str]) -> str:
+    """The mean and, of several runs, the range."""
+    values = [value for _, value in figures]
+    average = written(mean(figures))
+    return average if len(values) == 1 else f"{average} on average ({written(min(values))} to {written(max(values))})"
+
+
+def evidence(figures: Figures) -> str:
+    """Number of runs and images, and the spread over seeds where a cell was run under several."""
+    runs = [run for run, _ in figures]
+    images = sorted({run.n_test for run in runs})
+    counted = f"{images[0]:,}" if len(images) == 1 else f"{images[0]:,} to {images[-1]:,}"
+    spread = spread_over_seeds(figures)
+    seeds = "one seed each" if spread is None else f"±{100 * spread:.2f} points between seeds"
+    return f"n = {counted_as(len(runs), 'run')} on {counted} test images, {seeds}"
+
+
+def spread_over_seeds(figures: Figures) -> float | None:
+    """Standard deviation between runs that differ in their seed alone, pooled; ``None``: there are no such runs."""
+    groups: dict[tuple, list[float]] = {}
+    for run, value in figures:
+        groups.setdefault((run.strategy, *run.pair[:-1]), []).append(value)
+    several = [statistics.variance(values) for values in groups.values() if len(values) > 1]
+    return statistics.fmean(several) ** 0.5 if several else None
+
+
+def counted_as(number: int, thing: str) -> str:
+    """A number of things.
+
+    >>> counted_as(1, "run"), counted_as(20, "epoch")
+    ('1 run', '20 epochs')
+    """
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
