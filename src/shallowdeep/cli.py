@@ -268,6 +268,19 @@ def bench(
         typer.echo(f"no plot is drawn: {error}", err=True)
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="run folders, recorded")],
+    out: Annotated[Path, typer.Option(help="page to write")] = Path("report.html"),
+    images: Annotated[bool, typer.Option(help="with galleries of images; they need the data")] = True,
+) -> None:
+    """One page that shows where networks overthink: self-contained, interactive, for the browser."""
+    from shallowdeep.report.html import write_report
+    from shallowdeep.runs import Run
+
+    typer.echo(str(write_report([Run.open(run) for run in runs], out, galleries=images)))
+
+
 @study_app.command()
 def paper(
     list_: Annotated[bool, typer.Option("--list", help="show what is done and what is missing; run nothing")] = False,

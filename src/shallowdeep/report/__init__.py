@@ -1,0 +1,1 @@
+"""One self-contained page about runs: what a network overthinks, and what leaving early saves."""
