@@ -91,7 +91,8 @@ VALUES = {
 @pytest.mark.parametrize("key", config_keys())
 def test_every_key_can_be_set_by_text(key):
     text, value = VALUES[key]
-    config = load_config(changes={key: text})
+    beside = {"backdoor.target": "dog"} if key == "backdoor.rate" else {}  # a rate without a target is refused
+    config = load_config(changes={key: text} | beside)
     assert attrgetter(key)(config) == value
 
 

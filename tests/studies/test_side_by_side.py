@@ -41,7 +41,7 @@ def children(monkeypatch):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_side_by_side_as_alone(children, cells, finished, place):
     said = []
     outcomes = run_cells(cells[:3], place, jobs=2, say=said.append)
