@@ -302,7 +302,7 @@ def paper(
     data_dir: Annotated[str | None, typer.Option(help="folder with the data sets")] = None,
 ) -> None:
     """The paper's table: four networks, three data sets, four strategies, resumed where it was left."""
-    from shallowdeep.studies.cells import Workplace
+    from shallowdeep.studies.cells import Place
     from shallowdeep.studies.page import write_page
     from shallowdeep.studies.paper import DATA, NETWORKS, list_cells, paper_cells, select
     from shallowdeep.studies.side_by_side import run_cells
@@ -313,7 +313,7 @@ def paper(
         data=data or DATA, networks=network or NETWORKS, recipes=recipe or ("fast",), seeds=_seeds(seeds),
         epochs=epochs, threads=threads,
     )  # fmt: skip
-    chosen, place = select(cells, only or []), Workplace(runs, results, data_dir, device, compile)
+    chosen, place = select(cells, only or []), Place(runs, results, data_dir, device, compile)
     if list_:
         _show(f"{len(chosen)} cells", list_cells(chosen, place))
     if list_ or table:

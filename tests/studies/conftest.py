@@ -10,7 +10,7 @@ from shallowdeep.analysis.budgets import BudgetRow, Budgets
 from shallowdeep.analysis.confusion import Confusion
 from shallowdeep.analysis.overthinking import Overthinking
 from shallowdeep.config import RecipeChoice, RunConfig
-from shallowdeep.studies.cells import Cell, Workplace
+from shallowdeep.studies.cells import Cell, Place
 from shallowdeep.studies.paper import paper_cells
 from shallowdeep.studies.results import CellResult, Provenance, Start
 from shallowdeep.studies.side_by_side import run_cells
@@ -49,16 +49,16 @@ def cells() -> list[Cell]:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Workplace:
-    """A workplace with nothing in it."""
-    return Workplace(tmp_path / "runs", tmp_path / "results", device="cpu")
+def place(tmp_path: Path) -> Place:
+    """A place with nothing in it."""
+    return Place(tmp_path / "runs", tmp_path / "results", device="cpu")
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """A workplace in which the four small cells are done; not to be changed."""
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A place in which the four small cells are done; not to be changed."""
     folder = tmp_path_factory.mktemp("study")
-    place = Workplace(folder / "runs", folder / "results", device="cpu")
+    place = Place(folder / "runs", folder / "results", device="cpu")
     outcomes = run_cells(small_cells(), place, say=lambda line: None)
     assert [outcome.word for outcome in outcomes] == ["done"] * 4, outcomes
     return place

@@ -17,18 +17,18 @@ from studies.conftest import TINY, small_cells
 from shallowdeep.errors import ConfigError, FileFormatError
 from shallowdeep.storage import read_json, write_json
 from shallowdeep.studies import cells as cells_module
-from shallowdeep.studies.cells import Workplace, is_usable, run_cell, state_of
+from shallowdeep.studies.cells import Place, is_usable, run_cell, state_of
 from shallowdeep.studies.results import read_result
 from shallowdeep.studies.side_by_side import run_cells
 
 TESTS = Path(__file__).parents[1]
 
 
-def copied(finished: Workplace, tmp_path: Path) -> Workplace:
-    """A workplace of one's own, in which the four cells are done."""
+def copied(finished: Place, tmp_path: Path) -> Place:
+    """A place of one's own, in which the four cells are done."""
     for name in ("runs", "results"):
         shutil.copytree(getattr(finished, name), tmp_path / name)
-    return Workplace(tmp_path / "runs", tmp_path / "results", device="cpu")
+    return Place(tmp_path / "runs", tmp_path / "results", device="cpu")
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -80,7 +80,7 @@ def test_a_cell_that_is_done_is_only_read(finished, cells, tmp_path):
     assert not list(place.runs.rglob("checkpoint.pt"))
 
 
-def test_the_workplace_does_not_matter(finished, cells, tmp_path):
+def test_the_place_does_not_matter(finished, cells, tmp_path):
     place = copied(finished, tmp_path)  # the run folders' configurations still name the place they come from
     place = replace(place, data_dir=str(tmp_path), device="cuda")
     assert [state_of(cell, place).word for cell in cells] == ["done"] * 4
@@ -104,7 +104,7 @@ SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 from studies.conftest import small_cells
-from shallowdeep.studies.cells import Workplace, run_cell
+from shallowdeep.studies.cells import Place, run_cell
 from shallowdeep.training.checkpoint import Checkpoint
 
 save = Checkpoint.save
@@ -114,7 +114,7 @@ def save_and_die(self, sdn, optimizer, phase, epochs, history):
         os.kill(os.getpid(), signal.SIGKILL)
 Checkpoint.save = save_and_die
 folder = Path(sys.argv[1])
-run_cell(small_cells(epochs=3)[2], Workplace(folder / "runs", folder / "results", device="cpu"))
+run_cell(small_cells(epochs=3)[2], Place(folder / "runs", folder / "results", device="cpu"))
 """
 
 
@@ -130,7 +130,7 @@ def test_killed_it_goes_on_to_the_same_figures(tmp_path, place):
     found = run_cell(joint, place)
     assert history.read_text().startswith(done)  # the two epochs were not trained again: their seconds are the same
     assert found.seconds > sum(json.loads(line)["seconds"] for line in done.splitlines())
-    whole = run_cell(joint, Workplace(tmp_path / "others", tmp_path / "other_results", device="cpu"))
+    whole = run_cell(joint, Place(tmp_path / "others", tmp_path / "other_results", device="cpu"))
     assert figures(found) == figures(whole)
     assert len(found.provenance.starts) == 2
     assert found.epochs == 3

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from shallowdeep.errors import ConfigError, UnknownName
-from shallowdeep.studies.cells import Workplace, run_cell
+from shallowdeep.studies.cells import Place, run_cell
 from shallowdeep.studies.estimates import (
     Rates,
     forward_flops,
@@ -178,5 +178,5 @@ def test_missing_data_shard_is_named(cells, tmp_path, place):
     (folder / "train-00000-of-00002.parquet").touch()
     plain, *_ = paper_cells(data=["cifar10"], networks=["resnet56"])
     with pytest.raises(Exception, match=r"lacks train-00001-of-00002\.parquet"):
-        run_cell(plain, Workplace(place.runs, place.results, str(tmp_path / "data"), "cpu"))
+        run_cell(plain, Place(place.runs, place.results, str(tmp_path / "data"), "cpu"))
     assert not place.run_of(plain).exists()

@@ -10,7 +10,7 @@ from studies.test_cells import figures
 
 from shallowdeep.errors import ConfigError
 from shallowdeep.studies import side_by_side
-from shallowdeep.studies.cells import Workplace, state_of
+from shallowdeep.studies.cells import Place, state_of
 from shallowdeep.studies.paper import paper_cells
 from shallowdeep.studies.results import read_result
 from shallowdeep.studies.side_by_side import run_cells
@@ -20,13 +20,13 @@ CHILD = """
 import sys
 from pathlib import Path
 from studies.conftest import small_cells
-from shallowdeep.studies.cells import Workplace, run_cell
+from shallowdeep.studies.cells import Place, run_cell
 
 name, runs, results = sys.argv[1:]
 if "joint" in name and "trouble" in runs:
     sys.exit("error: " + name + ": no images here")
 [cell] = [cell for cell in small_cells() if cell.name == name]
-run_cell(cell, Workplace(Path(runs), Path(results), device="cpu"), progress=False)
+run_cell(cell, Place(Path(runs), Path(results), device="cpu"), progress=False)
 """
 
 
@@ -55,7 +55,7 @@ def test_side_by_side_as_alone(children, cells, finished, place):
 
 
 def test_a_failing_process_stops_no_other(children, cells, tmp_path):
-    place = Workplace(tmp_path / "trouble", tmp_path / "results", device="cpu")
+    place = Place(tmp_path / "trouble", tmp_path / "results", device="cpu")
     plain, joint = cells[0], cells[2]
     outcomes = run_cells([joint, plain], place, jobs=2, say=lambda line: None)
     assert [outcome.word for outcome in outcomes] == ["failed", "done"]
@@ -124,7 +124,7 @@ def test_no_jobs(cells, place):
     ],
 )
 def test_a_process_is_given_its_cell(options, shell, monkeypatch, tmp_path):
-    """The command line that a process gets leads back to the cell and to the workplace."""
+    """The command line that a process gets leads back to the cell and to the place."""
     asked = []
 
     def caught(cells, place, *, jobs, say):
@@ -132,7 +132,7 @@ def test_a_process_is_given_its_cell(options, shell, monkeypatch, tmp_path):
         return []
 
     monkeypatch.setattr(side_by_side, "run_cells", caught)
-    place = Workplace(tmp_path / "runs", tmp_path / "results", str(tmp_path), "cpu", compile=True)
+    place = Place(tmp_path / "runs", tmp_path / "results", str(tmp_path), "cpu", compile=True)
     for cell in paper_cells(**options)[-4:]:
         command = side_by_side.command_of(cell, place)
         assert command[:3] == [sys.executable, "-m", "shallowdeep"]

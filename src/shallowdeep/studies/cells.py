@@ -58,7 +58,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Workplace:
+class Place:
     """Where cells are run; nothing in it belongs to what a cell is.
 
     Attributes:
@@ -118,7 +118,7 @@ class State:
     note: str = ""
 
 
-def state_of(cell: Cell, place: Workplace) -> State:
+def state_of(cell: Cell, place: Place) -> State:
     """How far a cell is, from what lies there; no data and no weights are read."""
     if place.result_of(cell).exists():
         return _finished(cell, place)
@@ -128,7 +128,7 @@ def state_of(cell: Cell, place: Workplace) -> State:
     return _unfinished(cell, place, epochs)
 
 
-def run_cell(cell: Cell, place: Workplace, *, progress: bool = True) -> CellResult:
+def run_cell(cell: Cell, place: Place, *, progress: bool = True) -> CellResult:
     """Train a cell, or go on with it, record, measure and write its result; one that is done is only read.
 
     Killed at any moment, it loses the epoch it was in. The run's checkpoint is removed once the result is written.
@@ -169,7 +169,7 @@ def _without_places(config: RunConfig, init: str | None) -> RunConfig:
     )
 
 
-def _finished(cell: Cell, place: Workplace) -> State:
+def _finished(cell: Cell, place: Place) -> State:
     path = place.result_of(cell)
     try:
         found = read_result(path)
@@ -187,7 +187,7 @@ def _finished(cell: Cell, place: Workplace) -> State:
     return State("done", found.epochs)
 
 
-def _unfinished(cell: Cell, place: Workplace, epochs: int) -> State:
+def _unfinished(cell: Cell, place: Place, epochs: int) -> State:
     folder = place.run_of(cell)
     misfit = _misfit(cell, place, epochs)
     if misfit is not None:
@@ -203,7 +203,7 @@ def _is_begun(folder: Path) -> bool:
     return folder.is_dir() and any(path.suffix != ".partial" for path in folder.iterdir())
 
 
-def _misfit(cell: Cell, place: Workplace, epochs: int) -> State | None:
+def _misfit(cell: Cell, place: Place, epochs: int) -> State | None:
     """What is wrong with a run folder that is not of this cell; ``None``: it is, or there is none."""
     folder = place.run_of(cell)
     if not _is_begun(folder):
@@ -223,7 +223,7 @@ def _misfit(cell: Cell, place: Workplace, epochs: int) -> State | None:
     )
 
 
-def _hint(init: Cell, place: Workplace) -> str:
+def _hint(init: Cell, place: Place) -> str:
     """What to do for a cell that others wait for."""
     if place.result_of(init).exists():
         for state in (_finished(init, place), _misfit(init, place, 0)):
@@ -233,7 +233,7 @@ def _hint(init: Cell, place: Workplace) -> str:
     return f"Run that first: shallowdeep {' '.join(init.command)}"
 
 
-def is_usable(cell: Cell, place: Workplace) -> bool:
+def is_usable(cell: Cell, place: Place) -> bool:
     """Whether another cell can start from this one: its result and its weights are here, both of its configuration."""
     if not place.result_of(cell).exists() or not (place.run_of(cell) / "sdn.safetensors").exists():
         return False
@@ -257,7 +257,7 @@ def _epochs_done(folder: Path) -> int:
 
 
 @contextmanager
-def _held(cell: Cell, place: Workplace) -> Iterator[None]:
+def _held(cell: Cell, place: Place) -> Iterator[None]:
     path = place.lock_of(cell)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)

@@ -14,7 +14,7 @@ from shallowdeep.networks.attach import total_flops
 from shallowdeep.networks.zoo import NETWORKS, load_network
 from shallowdeep.runs import Run
 from shallowdeep.storage import read_json
-from shallowdeep.studies.cells import Cell, Workplace
+from shallowdeep.studies.cells import Cell, Place
 from shallowdeep.studies.measurement import read_history, seconds_of
 from shallowdeep.studies.tasks import TASKS
 
@@ -50,7 +50,7 @@ def forward_flops(network: str, num_classes: int, image_size: int) -> int:
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOPs a second of the trainings in a workplace, on the accelerator that will be used, by data and network."""
+    """FLOPs a second of the trainings in a place, on the accelerator that will be used, by data and network."""
 
     measured: Mapping[tuple[str, str], float]
 
@@ -63,7 +63,7 @@ class Rates:
         return statistics.median(near) if near else None
 
 
-def measure_rates(cells: Sequence[Cell], place: Workplace) -> Rates:
+def measure_rates(cells: Sequence[Cell], place: Place) -> Rates:
     """From the histories of the runs that are there; exits trained alone are left out, they cost other things."""
     here = torch.cuda.get_device_name() if place.device != "cpu" and torch.cuda.is_available() else None
     work: dict[tuple[str, str], list[tuple[float, float]]] = {}

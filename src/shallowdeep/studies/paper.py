@@ -11,7 +11,7 @@ from shallowdeep.config import RecipeChoice, RunConfig
 from shallowdeep.data.sources import data_sets
 from shallowdeep.errors import ConfigError, UnknownName
 from shallowdeep.networks.zoo import networks as known_networks
-from shallowdeep.studies.cells import Cell, State, Workplace, state_of
+from shallowdeep.studies.cells import Cell, Place, State, state_of
 from shallowdeep.studies.estimates import Rates, measure_rates, training_flops
 from shallowdeep.studies.tasks import TASKS
 from shallowdeep.training.features import FeatureReuse
@@ -139,10 +139,10 @@ def select(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
     return [cell for cell in cells if not patterns or any(fnmatch.fnmatchcase(cell.name, p) for p in patterns)]
 
 
-def list_cells(cells: Sequence[Cell], place: Workplace) -> list[dict[str, Any]]:
+def list_cells(cells: Sequence[Cell], place: Place) -> list[dict[str, Any]]:
     """A row per cell: its state, the epochs done, what training it still costs and why it waits.
 
-    The cost is for complete data; hours rest on trainings that lie in the workplace, and are ``None`` before any.
+    The cost is for complete data; hours rest on trainings that lie in the place, and are ``None`` before any.
     """
     rates = measure_rates(cells, place)
     rows = [_listed(cell, state_of(cell, place), rates) for cell in cells]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NoReturn
 
 from shallowdeep.errors import ConfigError, ShallowDeepError
-from shallowdeep.studies.cells import Cell, State, Workplace, run_cell, state_of
+from shallowdeep.studies.cells import Cell, Place, State, run_cell, state_of
 
 POLL_S = 0.2
 GRACE_S = 10.0  # between asking a process to end and ending it
@@ -37,7 +37,7 @@ class Outcome:
 
 def run_cells(
     cells: Sequence[Cell],
-    place: Workplace,
+    place: Place,
     *,
     jobs: int = 1,
     progress: bool = True,
@@ -106,7 +106,7 @@ class _Child:
 class _Work:
     """The cells that run, and what became of those before them."""
 
-    place: Workplace
+    place: Place
     say: Callable[[str], None]
     progress: bool
     running: dict[str, _Child] = field(default_factory=dict)
@@ -152,7 +152,7 @@ class _Work:
             self.say(f"{cell.name}: {outcome.word}: {outcome.message}")
 
 
-def command_of(cell: Cell, place: Workplace) -> list[str]:
+def command_of(cell: Cell, place: Place) -> list[str]:
     """The command line of a process that runs this cell alone, here."""
     words = [sys.executable, "-m", "shallowdeep", *cell.command, "--runs", str(place.runs)]
     words += ["--results", str(place.results), "--device", place.device]
@@ -160,7 +160,7 @@ def command_of(cell: Cell, place: Workplace) -> list[str]:
     return words if place.data_dir is None else [*words, "--data-dir", place.data_dir]
 
 
-def _run_here(cell: Cell, place: Workplace, progress: bool) -> Outcome:
+def _run_here(cell: Cell, place: Place, progress: bool) -> Outcome:
     try:
         run_cell(cell, place, progress=progress)
     except (ShallowDeepError, OSError) as error:
@@ -173,7 +173,7 @@ def _run_here(cell: Cell, place: Workplace, progress: bool) -> Outcome:
     return Outcome(cell.name, "done")
 
 
-def _of_child(child: _Child, place: Workplace) -> Outcome:
+def _of_child(child: _Child, place: Place) -> Outcome:
     cell, code = child.cell, child.process.returncode
     if code == 0:
         return _outcome(cell, state_of(cell, place))
