@@ -19,7 +19,7 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def count(number: int) -> str:
-    """A whole number with thin gaps between thousands.
+    """A whole number with commas between thousands.
 
     >>> count(10000)
     '10,000'
