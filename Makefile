@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test install fmt lint type contract check
+.PHONY: demo test docs install fmt lint type contract check
 
 demo: $(READY)  ## the whole job on real digits
 	$(BIN)/shallowdeep demo --out runs/demo --resume
 
 test: $(READY)  ## the whole suite
 	$(BIN)/python -m pytest -n 2 -q
+
+docs: $(READY)  ## the pages under docs/results that are made from results/; images where SHALLOWDEEP_DATA holds CIFAR-10
+	$(BIN)/shallowdeep study paper --table
+	$(BIN)/shallowdeep report $(addprefix results/cifar10-resnet56/,ic_only distil plain) --out docs/results/cifar10-resnet56.html
 
 install: $(READY)
 

@@ -289,6 +289,21 @@ def test_a_network_without_errors_is_analysed_all_the_same(runs, tmp_path):
         assert set(copy.analyze()) == {"overthinking", "budgets"}
 
 
+def test_figures_alone_and_beside_the_page(runs, tmp_path, shell, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = shell("report", runs / "ic", "--figures", tmp_path / "one", "--format", "svg", "--no-images")
+    assert (code, out.startswith(f"{tmp_path / 'one'}: ic-curve, ")) == (0, True)
+    assert {path.suffix for path in (tmp_path / "one").iterdir()} == {".svg"}
+    assert not (tmp_path / "report.html").exists()
+    both = ["--figures", tmp_path / "two", "--out", tmp_path / "page.html", "--no-images"]
+    assert shell("report", runs / "ic", *both)[0] == 0
+    assert {path.suffix for path in (tmp_path / "two").iterdir()} == {".svg", ".pdf"}
+    assert (tmp_path / "page.html").exists()
+    code, _, err = shell("report", runs / "ic", "--format", "svg")
+    assert (code, err.strip()) == (2, "error: --format svg is for figures. Name their folder: --figures figures")
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_python_m(tmp_path):
     found = subprocess.run(
         [sys.executable, "-m", "shallowdeep", "replay", tmp_path], capture_output=True, text=True, check=False

@@ -31,13 +31,22 @@ def test_three_runs_whole(short_demo):
 
 def test_three_sentences_say_what_the_files_say(short_demo):
     runs, lines, _ = short_demo
-    sentences = lines[-3:]
+    sentences = [line for line in lines if not line.startswith(("plain:", "ic_only:", "joint:"))]
     wasteful = json.loads((runs["ic_only"].folder / "results" / "overthinking.json").read_text())["wasteful"]
     assert f"{100 * wasteful:.1f} % were right at an exit before that" in sentences[0]
     assert "destructive overthinking" in sentences[1]
     assert "trained jointly" in sentences[2]
 
 
+def test_it_ends_with_the_report(short_demo):
+    runs, lines, _ = short_demo
+    path = runs["plain"].folder.parent / "report.html"
+    assert lines[-1] == f"{path} ({path.stat().st_size / 1e6:.1f} MB) opens in any browser."
+    page = path.read_text(encoding="utf-8")
+    assert all(f">{name}</button>" in page for name in runs)
+    assert page.count("data:image/png;base64,") > 20
+
+
 def test_a_second_time_it_only_reads(short_demo):
     _, lines, again = short_demo
-    assert again[-3:] == lines[-3:]
+    assert again[-4:] == lines[-4:]

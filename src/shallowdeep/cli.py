@@ -271,14 +271,23 @@ def bench(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="run folders, recorded")],
-    out: Annotated[Path, typer.Option(help="page to write")] = Path("report.html"),
+    out: Annotated[Path | None, typer.Option(help="page to write; report.html, where no figures are asked for")] = None,
+    figures: Annotated[Path | None, typer.Option(help="folder for the same figures as files, for papers")] = None,
+    format: Annotated[list[str] | None, typer.Option(help="of the figures: svg, pdf (repeat); both")] = None,
     images: Annotated[bool, typer.Option(help="with galleries of images; they need the data")] = True,
 ) -> None:
     """One page that shows where networks overthink: self-contained, interactive, for the browser."""
+    from shallowdeep.report.figures import FORMATS, write_figures
     from shallowdeep.report.html import write_report
     from shallowdeep.runs import Run
 
-    typer.echo(str(write_report([Run.open(run) for run in runs], out, galleries=images)))
+    opened = [Run.open(run) for run in runs]
+    if figures is not None:
+        typer.echo(str(write_figures(opened, figures, formats=format or FORMATS, galleries=images)))
+    elif format:
+        raise ConfigError(f"--format {' '.join(format)} is for figures. Name their folder: --figures figures")
+    if figures is None or out is not None:
+        typer.echo(str(write_report(opened, out or "report.html", galleries=images)))
 
 
 @study_app.command()

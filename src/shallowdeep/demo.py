@@ -1,4 +1,4 @@
-"""The whole job on real handwritten digits, offline: three trainings, every analysis, three sentences."""
+"""The whole job on real handwritten digits, offline: three trainings, every analysis, three sentences, one page."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from shallowdeep.analysis.budgets import Budgets, measure_budgets
 from shallowdeep.analysis.overthinking import measure_overthinking
 from shallowdeep.config import load_config
+from shallowdeep.errors import require
+from shallowdeep.report.html import write_report
 from shallowdeep.runs import Run
 
 DIGITS = {"data": "digits", "network": "resnet20", "recipe.batch_size": 64, "device": "cpu"}
@@ -18,13 +20,18 @@ def run_demo(folder: Path, *, say: Callable[[str], None] = print, resume: bool =
     """Train ResNet-20 on digits plainly, convert it, train it jointly; record and analyse each.
 
     Args:
-        folder: a run folder for each strategy is made in it.
+        folder: a run folder for each strategy is made in it, and ``report.html``.
         say: is told what is going on, a line at a time.
         resume: go on with the runs in that folder.
 
     Returns:
         Strategy to run.
+
+    Raises:
+        MissingExtra: a library that the demo needs is not installed; said before anything is trained.
     """
+    for library in ("sklearn", "jinja2", "plotly", "PIL"):
+        require(library, extra="demo")
     runs: dict[str, Run] = {}
     for strategy, epochs in EPOCHS.items():
         init = {"init": str(runs["plain"].folder)} if strategy == "ic_only" else {}
@@ -39,6 +46,7 @@ def run_demo(folder: Path, *, say: Callable[[str], None] = print, resume: bool =
             run.replay()
     for sentence in findings(runs):
         say(sentence)
+    say(str(write_report([runs["ic_only"], runs["joint"], runs["plain"]], folder / "report.html")))
     return runs
 
 

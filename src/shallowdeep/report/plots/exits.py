@@ -81,7 +81,7 @@ def bands(early: EarlyExits, flows: Flows) -> Plot:
             links["color"].append(f"{colours[after]}-soft")
             links["customdata"].append(f"{STATES[before]} → {STATES[after]}")
     sankey = {
-        "type": "sankey", "arrangement": "fixed",
+        "type": "sankey", "arrangement": "fixed", "meta": dict(zip(colours, labels, strict=True)),
         "node": {**nodes, "pad": 8, "thickness": 10, "label": [""] * len(number), "line": {"width": 0},
                  "hovertemplate": "%{customdata}<extra></extra>"},
         "link": {**links, "hovertemplate": "%{customdata}: %{value} samples<extra></extra>"},
