@@ -31,6 +31,7 @@ from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.networks.zoo import load_network
 from shallowdeep.policies.replay import replay
 from shallowdeep.policies.rules import Confidence, Patience, policy_from_dict
+from shallowdeep.provenance import describe_start
 from shallowdeep.runs import Run
 from shallowdeep.storage import read_json
 from shallowdeep.traces.trace import Trace, TraceInfo
@@ -558,7 +559,7 @@ def test_a_damaged_run(content):
 def test_a_damaged_environment(content, tmp_path):
     (tmp_path / "environment.json").write_bytes(content)
     with pytest.raises(FileFormatError, match=r"environment\.json"):
-        Run(tmp_path, load_config())._environment(make_data())
+        describe_start(tmp_path, {})
 
 
 TOML_VALUES = [

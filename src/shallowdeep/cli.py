@@ -140,7 +140,8 @@ def analyze(
     train: Annotated[Path | None, typer.Option(help="beside a file: Trace of training data (confusion)")] = None,
 ) -> None:
     """Overthinking, confusion and accuracy within budgets, from what was recorded."""
-    from shallowdeep.runs import Run, analyze_traces
+    from shallowdeep.analysis.together import analyze_traces
+    from shallowdeep.runs import Run
     from shallowdeep.traces.trace import Trace
 
     if source.is_dir():

@@ -1,11 +1,14 @@
-"""One process or several: which one this is, and what the others have got."""
+"""One process or several: which one this is, what the others have got, and how many threads it takes."""
 
 from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 
 from shallowdeep.errors import ConfigError
@@ -111,3 +114,14 @@ def gather(value: Any) -> list[Any]:
     found: list[Any] = [None] * number
     dist.all_gather_object(found, value)
     return found
+
+
+@contextmanager
+def num_threads(number: int | None) -> Iterator[None]:
+    """So many threads on the CPU, ``None``: as many as there are; afterwards as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""Hardware, versions, data and command: what a figure's reader needs to know."""
+"""Hardware, versions, data and command: what a figure's reader needs to know, and what a run keeps of each start."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -15,8 +17,12 @@ from typing import Any
 
 import torch
 
+from shallowdeep.config import RunConfig
 from shallowdeep.data.samples import SPLITS, IndexedSamples, Splits
-from shallowdeep.processes import shard
+from shallowdeep.errors import FileFormatError
+from shallowdeep.processes import is_first, shard, wait_for_all
+from shallowdeep.storage import read_json, write_json, write_text
+from shallowdeep.training.features import drop_features
 
 
 def describe_environment(data: Splits, device: str) -> dict[str, Any]:
@@ -39,6 +45,58 @@ def describe_machine(device: str) -> dict[str, Any]:
         "processes": shard()[1],
         "accelerator": torch.cuda.get_device_name() if device != "cpu" and torch.cuda.is_available() else None,
     }
+
+
+@contextmanager
+def started(folder: Path, config: RunConfig, data: Splits) -> Iterator[None]:
+    """Write what a run is while it trains; where not even one epoch comes of it, leave no trace of it.
+
+    Of several processes, the first one writes.
+
+    Args:
+        folder: of the run; what earlier starts said of their environment is kept.
+        config: of the run.
+        data: that it learns from.
+
+    Raises:
+        FileFormatError: what earlier starts left is damaged.
+    """
+    wait_for_all()  # all have seen the folder as it was
+    if not is_first():
+        yield
+        return
+    environment = describe_start(folder, describe_environment(data, config.device))
+    names = ("config.json", "environment.json", "history.jsonl")
+    before = {name: (folder / name).read_text() for name in names if (folder / name).exists()}
+    try:
+        write_json(folder / "config.json", config.model_dump(mode="json"))
+        write_json(folder / "environment.json", environment)
+        yield
+    except Exception:
+        if not (folder / "checkpoint.pt").exists():
+            drop_features(folder)
+            for name in names:
+                (folder / name).unlink(missing_ok=True)
+                if name in before:  # an archived run has no checkpoint, and is a run all the same
+                    write_text(folder / name, before[name])
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        raise
+
+
+def describe_start(folder: Path, environment: dict[str, Any]) -> dict[str, Any]:
+    """An environment, with those of a run's earlier starts as ``"earlier"``.
+
+    Raises:
+        FileFormatError: what they left is damaged.
+    """
+    path = folder / "environment.json"
+    if not path.exists():
+        return environment
+    before = read_json(path)
+    if not isinstance(before, dict) or not isinstance(before.get("earlier", []), list):
+        raise FileFormatError(f"{path} describes no environment. Remove it to go on without what it said.")
+    return environment | {"earlier": [*before.pop("earlier", []), before]}
 
 
 def _revision() -> str | None:

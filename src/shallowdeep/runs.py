@@ -8,27 +8,24 @@ A run folder is the whole provenance of a number::
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from shallowdeep.analysis.backdoor import measure_backdoor
-from shallowdeep.analysis.budgets import cross_fit_budgets, measure_budgets
-from shallowdeep.analysis.confusion import measure_confusion
-from shallowdeep.analysis.overthinking import measure_overthinking
+from shallowdeep.analysis.budgets import cross_fit_budgets
+from shallowdeep.analysis.together import Result, analyze_traces
 from shallowdeep.config import RunConfig, explain
 from shallowdeep.data.samples import SPLITS, IndexedSamples, Splits
 from shallowdeep.data.sources import load_data
 from shallowdeep.data.text import TEXTS
 from shallowdeep.data.triggers import poison, stamp, triggered
-from shallowdeep.errors import ConfigError, FileFormatError, TraceError, UnknownName
+from shallowdeep.errors import ConfigError, FileFormatError, UnknownName
 from shallowdeep.inference.onnx.export import Export, export
 from shallowdeep.networks.attach import attach
 from shallowdeep.networks.backbones.weights import put_weights
@@ -38,12 +35,11 @@ from shallowdeep.networks.zoo import NetworkSpec, load_network
 from shallowdeep.policies.calibrate import calibrate
 from shallowdeep.policies.replay import Decisions, replay
 from shallowdeep.policies.rules import ExitPolicy, policy_from_dict
-from shallowdeep.processes import is_first, join, wait_for_all
-from shallowdeep.provenance import describe_environment
+from shallowdeep.processes import is_first, join, num_threads, wait_for_all
+from shallowdeep.provenance import started
 from shallowdeep.storage import load_tensors, making, read_json, sweep, write_json, write_text
 from shallowdeep.traces.record import record
 from shallowdeep.traces.trace import Trace
-from shallowdeep.training.features import drop_features
 from shallowdeep.training.loop import fit
 from shallowdeep.training.strategies import named_strategy
 
@@ -149,7 +145,7 @@ class Run:
         data = self._data_for_training()
         sdn = self.build(data)
         strategy = named_strategy(config.strategy, sdn, lambda trains: config.recipe.build(trains, config.network))
-        with self._begun(data), _threads(config.threads):
+        with num_threads(config.threads), started(self.folder, config, data):
             fit(
                 sdn,
                 data,
@@ -182,43 +178,6 @@ class Run:
         backdoor.target_in(data.class_names)
         return replace(data, train=poison(data.train, backdoor)) if backdoor.rate else data
 
-    @contextmanager
-    def _begun(self, data: Splits) -> Iterator[None]:
-        """Write what the run is; where not even one epoch comes of it, leave no trace of it."""
-        wait_for_all()  # all have seen the folder as it was
-        if not is_first():
-            yield
-            return
-        environment = self._environment(data)
-        names = ("config.json", "environment.json", "history.jsonl")
-        before = {name: (self.folder / name).read_text() for name in names if (self.folder / name).exists()}
-        try:
-            write_json(self.folder / "config.json", self.config.model_dump(mode="json"))
-            write_json(self.folder / "environment.json", environment)
-            yield
-        except Exception:
-            if not (self.folder / "checkpoint.pt").exists():
-                drop_features(self.folder)
-                for name in names:
-                    (self.folder / name).unlink(missing_ok=True)
-                    if name in before:  # an archived run has no checkpoint, and is a run all the same
-                        write_text(self.folder / name, before[name])
-                if self.folder.is_dir() and not any(self.folder.iterdir()):
-                    self.folder.rmdir()
-            raise
-
-    def _environment(self, data: Splits) -> dict[str, Any]:
-        """That of this start, and of those before it."""
-        with _threads(self.config.threads):
-            environment = describe_environment(data, self.config.device)
-        path = self.folder / "environment.json"
-        if path.exists():
-            before = read_json(path)
-            if not isinstance(before, dict) or not isinstance(before.get("earlier", []), list):
-                raise FileFormatError(f"{path} describes no environment. Remove it to go on without what it said.")
-            environment["earlier"] = [*before.pop("earlier", []), before]
-        return environment
-
     def load(self) -> ShallowDeepNetwork:
         """The trained network, in evaluation mode.
 
@@ -250,7 +209,7 @@ class Run:
             )
             if split == "train" and isinstance(samples, IndexedSamples) and len(samples) > TRAIN_TRACE_SIZE:
                 samples = samples.sample(TRAIN_TRACE_SIZE)
-            with _threads(config.threads):
+            with num_threads(config.threads):
                 traces[split] = record(sdn, samples, strategy=config.strategy, progress=progress)
             if is_first():
                 traces[split].save(self.folder / "traces" / f"{split}.safetensors")
@@ -407,38 +366,6 @@ class Run:
         write_json(self.folder / "results" / f"{name}.json", values)
 
 
-def analyze_traces(test: Trace, val: Trace | None = None, train: Trace | None = None) -> dict[str, Result]:
-    """Every analysis that some recorded splits allow.
-
-    Args:
-        test: what is reported.
-        val: what thresholds are chosen on, for budgets; ``None``: they are left out.
-        train: whose confusion gives mean and spread, for confusion; ``None``: it is left out.
-    """
-    found: dict[str, Result] = {"overthinking": measure_overthinking(test)}
-    if val is not None:
-        found["budgets"] = measure_budgets(val, test)
-    if train is not None:
-        try:
-            found["confusion"] = measure_confusion(test, train)
-        except TraceError as error:  # a network without errors is no reason to lose the rest
-            warnings.warn(f"confusion is not measured: {error}", stacklevel=2)
-    return found
-
-
-@runtime_checkable
-class Result(Protocol):
-    """What every analysis returns."""
-
-    def rows(self) -> list[dict[str, Any]]:
-        """As a table."""
-        ...
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON-able values."""
-        ...
-
-
 def _side(inputs: Any) -> int | None:
     """Pixels a side of square images; ``None`` for other inputs."""
     return inputs.shape[-1] if isinstance(inputs, Tensor) and inputs.ndim == 4 else None
@@ -450,14 +377,3 @@ def _load_backbone(sdn: ShallowDeepNetwork, path: Path) -> None:
     prefix = "backbone."
     weights = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     put_weights(sdn.backbone, weights, str(path))
-
-
-@contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    """So many threads on the CPU; afterwards as many as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
