@@ -1,8 +1,10 @@
 import json
 
 import pytest
+from report.browsing import assert_replays, assert_whole, set_threshold
 
 from shallowdeep import demo
+from shallowdeep.policies.rules import Confidence
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,15 @@ def test_it_ends_with_the_report(short_demo):
     page = path.read_text(encoding="utf-8")
     assert all(f">{name}</button>" in page for name in runs)
     assert page.count("data:image/png;base64,") > 20
+
+
+@pytest.mark.slow
+def test_its_report_is_alive(short_demo, open_page):
+    runs, _, _ = short_demo
+    page, test = open_page(runs["plain"].folder.parent / "report.html"), runs["ic_only"].trace("test")
+    assert_replays(page.locator("[data-run=run0]"), test, runs["ic_only"].policy())
+    assert_replays(set_threshold(page, "run0", 0.4), test, Confidence(0.4))
+    assert_whole(page)
 
 
 def test_a_second_time_it_only_reads(short_demo):

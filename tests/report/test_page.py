@@ -1,81 +1,15 @@
 """The page in a real browser: Debian's Chromium, driven by Playwright."""
 
-import shutil
 from dataclasses import replace
 
 import pytest
 from reference import make_trace
+from report.browsing import ROUNDING, assert_replays, assert_whole, numbers_of, set_threshold, settle
 
 from shallowdeep.policies.replay import replay
 from shallowdeep.policies.rules import Confidence
 from shallowdeep.report.html import write_report
-
-sync_api = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
-ROUNDING = 1e-9  # means of costs, summed in another order
-
-
-@pytest.fixture(scope="module")
-def browser():
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no browser: apt-get install chromium")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def open_page(browser):
-    """Opens a file; what the console says and what is asked for is kept with it."""
-    contexts = []
-
-    def open_(path, width=1200, colour="light"):
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=colour)
-        contexts.append(context)
-        page = context.new_page()
-        page.said, page.asked_for = [], []
-        page.on("console", lambda message: page.said.append(message.text))
-        page.on("pageerror", lambda error: page.said.append(str(error)))
-        page.on("request", lambda request: page.asked_for.append(request.url))
-        page.goto(path.as_uri())
-        settle(page)
-        return page
-
-    yield open_
-    for context in contexts:
-        context.close()
-
-
-def settle(page):
-    """Wait until what was asked for is drawn; the page's policy forbids Playwright's own waiting for conditions."""
-    page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
-
-
-def set_threshold(page, run, threshold):
-    """Type a threshold, and wait for the numbers."""
-    chapter = page.locator(f"[data-run={run}]")
-    chapter.locator("input[type=number]").fill(repr(threshold))
-    settle(page)
-    return chapter
-
-
-def numbers_of(chapter):
-    """What a chapter shows, unrounded."""
-    live = {
-        element.get_attribute("data-live"): float(element.get_attribute("data-value"))
-        for element in chapter.locator("[data-live]").all()
-    }
-    shares = [float(element.get_attribute("data-value")) for element in chapter.locator("[data-share]").all()]
-    return live, shares
-
-
-def assert_replays(chapter, trace, policy):
-    live, shares = numbers_of(chapter)
-    found = replay(trace, policy)
-    assert live["accuracy"] == pytest.approx(found.accuracy, abs=ROUNDING)
-    assert live["cost"] == pytest.approx(found.cost, abs=ROUNDING)
-    assert shares == pytest.approx(found.exit_shares, abs=ROUNDING)
+from shallowdeep.runs import Run
 
 
 @pytest.fixture(scope="module")
@@ -115,13 +49,10 @@ def test_everything_is_drawn_and_nothing_is_asked_for(digits_page, open_page, wi
     plots = page.locator("[data-run=run1] .plot, #compare ~ figure .plot")
     assert plots.count() == 8
     assert page.locator(".plot svg.main-svg:visible").count() >= 8
-    assert page.evaluate("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
-    assert page.evaluate("document.images.length") > 20
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.get_by_role("button", name="plain", exact=True).click()
     assert page.locator("[data-run=run1]").is_hidden()
-    assert page.said == []
-    assert [url for url in page.asked_for if not url.startswith(("file:", "data:"))] == []
+    assert_whole(page)
 
 
 @pytest.mark.slow
@@ -139,3 +70,20 @@ def test_some_exits_switched_off_and_the_most_confident_answer(make_run, tmp_pat
     live, _ = numbers_of(set_threshold(page, "run1", 0.7))
     assert live["agreement"] == pytest.approx(replay(runs[1].trace("test"), Confidence(0.7)).agreement, abs=ROUNDING)
     assert page.said == []
+
+
+@pytest.mark.slow
+@pytest.mark.cifar
+@pytest.mark.parametrize("name", ["ic_only", "distil"])
+def test_the_pages_of_real_images(repository, cifar_dir, tmp_path, open_page, monkeypatch, name):
+    """ResNet-56 on CIFAR-10, as it is kept beside the package."""
+    monkeypatch.setenv("SHALLOWDEEP_DATA", str(cifar_dir))
+    run = Run.open(repository / "results" / "cifar10-resnet56" / name)
+    report = write_report([run], tmp_path / "report.html")
+    assert report.left_out == ()
+    assert report.size < 8_000_000
+    page, test = open_page(report.path), run.trace("test")
+    assert_replays(page.locator("[data-run=run0]"), test, run.policy())
+    for threshold in (0.5, 0.99, test.confidences[4321, 3].item()):
+        assert_replays(set_threshold(page, "run0", threshold), test, Confidence(threshold))
+    assert_whole(page)
