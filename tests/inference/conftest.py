@@ -84,9 +84,9 @@ def tracing_without_type_checks():
     """A graph is traced with symbols in the place of whole numbers, which the type checks of the suite refuse."""
     from jaxtyping import config
 
-    from shallowdeep.inference.onnx import export
+    from shallowdeep.inference.onnx import convert as onnx_convert
 
-    convert = export._convert
+    convert = onnx_convert._convert
 
     def unchecked(*args):
         config.update("jaxtyping_disable", True)
@@ -95,6 +95,6 @@ def tracing_without_type_checks():
         finally:
             config.update("jaxtyping_disable", False)
 
-    export._convert = unchecked
+    onnx_convert._convert = unchecked
     yield
-    export._convert = convert
+    onnx_convert._convert = convert

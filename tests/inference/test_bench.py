@@ -9,9 +9,9 @@ import torch
 
 import shallowdeep as sd
 from shallowdeep.errors import ConfigError, MissingExtra, TraceError, UnknownName
-from shallowdeep.inference import bench
 from shallowdeep.inference.backends import BACKENDS
-from shallowdeep.inference.bench import OneAtATime, agreement, measure_speed, stage_times
+from shallowdeep.inference.bench import agreement, measure_speed
+from shallowdeep.inference.runner import Latency
 from shallowdeep.inference.speed import (
     ALL_EXITS,
     BOUND,
@@ -26,6 +26,9 @@ from shallowdeep.inference.speed import (
     spread,
     static,
 )
+from shallowdeep.inference.timing import lanes, one_at_a_time
+from shallowdeep.inference.timing.one_at_a_time import OneAtATime
+from shallowdeep.inference.timing.stage_times import stage_times
 
 OF_ONE_ENGINE = {EXITS, PLAIN, NOBODY, ALL_EXITS, BOUND, LINEAR, STAGES, *(static(exit) for exit in range(3))}
 
@@ -45,18 +48,18 @@ def threshold(trace):
 @pytest.fixture(scope="module")
 def bodies(small, images):
     """The network cut at all its exits: exporting takes longer than all the rest."""
-    return bench.cut(small, images[:2], fold=False)
+    return one_at_a_time.cut(small, images[:2], fold=False)
 
 
 @pytest.fixture(autouse=True)
 def cut_once(monkeypatch, bodies):
-    monkeypatch.setattr(bench, "cut", lambda *args, **options: bodies)
+    monkeypatch.setattr(one_at_a_time, "cut", lambda *args, **options: bodies)
 
 
 @pytest.fixture(scope="module")
 def report(small, images, labels, threshold, bodies):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "cut", lambda *args, **options: bodies)
+        patch.setattr(one_at_a_time, "cut", lambda *args, **options: bodies)
         policy = sd.Confidence(threshold)
         return measure_speed(small, policy, images, labels, batch_sizes=(1, 8), backends=("eager",), rounds=2)
 
@@ -138,7 +141,7 @@ def test_the_bound_is_the_time_of_the_rows_that_arrive(monkeypatch, small, image
 
     def measured(self, inputs, sizes, *, repeats):
         assert set(sizes) <= {1, 2, 3, 4}
-        return bench.Latency(tuple(sizes), tuple(tuple(10.0 + n for n in sizes) for _ in range(4)), ((0.0,),) * 4)
+        return Latency(tuple(sizes), tuple(tuple(10.0 + n for n in sizes) for _ in range(4)), ((0.0,),) * 4)
 
     monkeypatch.setattr(type(driver), "measure", measured)
     left = np.array([0, 0, 1, 3, 3, 3])  # 6 rows, 4, 3 and 3 arrive; four at a time
@@ -218,7 +221,7 @@ def test_each_precision_may_have_a_policy_of_its_own(small, images, labels):
 def test_threads_are_put_back(small, images, labels, monkeypatch):
     before = torch.get_num_threads()
     seen = []
-    monkeypatch.setattr(bench, "OneAtATime", lambda *args: lambda inputs: seen.append(torch.get_num_threads()))
+    monkeypatch.setattr(lanes, "OneAtATime", lambda *args: lambda inputs: seen.append(torch.get_num_threads()))
     measure_speed(
         small, sd.Confidence(0.6), images, labels, batch_sizes=(8,), backends=("eager",), rounds=1, threads=before + 1
     )

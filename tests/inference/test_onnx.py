@@ -15,7 +15,8 @@ import shallowdeep as sd
 from shallowdeep.errors import ConfigError, NetworkError, UnknownName
 from shallowdeep.inference import runner
 from shallowdeep.inference.onnx import export as onnx_export
-from shallowdeep.inference.onnx.export import as_typed, export
+from shallowdeep.inference.onnx.convert import as_typed
+from shallowdeep.inference.onnx.export import export
 from shallowdeep.inference.runner import FORMS, Cascade, OnnxStages, Runner, Settings
 
 onnx = pytest.importorskip("onnx")

@@ -6,7 +6,8 @@ import torch
 
 import shallowdeep as sd
 from shallowdeep.errors import ConfigError
-from shallowdeep.inference.onnx.export import convert, export
+from shallowdeep.inference.onnx.convert import convert
+from shallowdeep.inference.onnx.export import export
 from shallowdeep.inference.onnx.quantize import MIN_ROWS, _reaching, body_nodes, quantize_stages
 from shallowdeep.inference.runner import FORMS, Runner, Settings
 

@@ -10,10 +10,13 @@ import torch
 from torch import nn
 
 from shallowdeep.errors import ConfigError, DataError, MissingExtra, NetworkError, UnknownName
-from shallowdeep.inference import compiled, torch_stages, tuning
+from shallowdeep.inference import compiled, torch_stages
 from shallowdeep.inference.engine import Engine
 from shallowdeep.inference.runner import Latency
-from shallowdeep.inference.tuning import TunedWay, Tuning, planned
+from shallowdeep.inference.tuning import task as tuning_task
+from shallowdeep.inference.tuning import tune
+from shallowdeep.inference.tuning.result import TunedWay, Tuning
+from shallowdeep.inference.tuning.task import make_task, planned
 from shallowdeep.networks.attach import attach
 from shallowdeep.policies.replay import replay
 from shallowdeep.policies.rules import Confidence
@@ -70,7 +73,7 @@ def make(sdn, images, **settings):
 @pytest.fixture
 def takes(monkeypatch):
     """Sets what a lane takes, by a function of it; lanes run all the same."""
-    ran, original = [], tuning._Lane.run
+    ran, original = [], tune._Lane.run
 
     def scripted(milliseconds):
         def run(lane):
@@ -78,7 +81,7 @@ def takes(monkeypatch):
             ran.append(lane)
             return float(milliseconds(lane))
 
-        monkeypatch.setattr(tuning._Lane, "run", run)
+        monkeypatch.setattr(tune._Lane, "run", run)
         return ran
 
     return scripted
@@ -281,11 +284,11 @@ def test_another_case_is_another_choice(sdn, images, cache):
 
 def test_the_number_of_threads_and_the_versions_are_part_of_the_case(sdn, images, monkeypatch):
     order = make(sdn, images)._order
-    task = tuning.make_task(order, 4, backends=["eager"])
+    task = make_task(order, 4, backends=["eager"])
     keys = {task.key(), task.key()}
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     keys.add(task.key())
-    monkeypatch.setattr(tuning, "_version", lambda package: "0.0")
+    monkeypatch.setattr(tuning_task, "_version", lambda package: "0.0")
     assert len(keys | {task.key()}) == 3
 
 

@@ -13,8 +13,9 @@ import torch
 from shallowdeep.errors import ConfigError
 from shallowdeep.inference.runner import Answers, Latency, Leaving, Values
 from shallowdeep.networks.sdn import ShallowDeepNetwork
-from shallowdeep.policies.rules import ExitPolicy, exits_of
+from shallowdeep.policies.rules import Confidence, ExitPolicy, exits_of
 
+NO_EXITS = Confidence(2.0, exits=())  # everybody leaves at the end, with its softmax
 PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
@@ -129,7 +130,7 @@ BACKENDS = {
     "eager": Backend("eager:build_eager", ("fp32", "bf16")),
     "stages": Backend("torch_stages:build_stages", ("fp32", "bf16")),
     "compiled": Backend("compiled:build_compiled", ("fp32", "bf16")),
-    "onnx": Backend("onnx.export:build_onnx", ("fp32", "int8"), on_tensors=False),
+    "onnx": Backend("onnx.onnxruntime:build_onnx", ("fp32", "int8"), on_tensors=False),
     "openvino": Backend("onnx.openvino:build_openvino", ("fp32", "bf16", "int8"), on_tensors=False),
     "plain": Backend("torch_stages:build_plain", ("fp32", "bf16")),
 }

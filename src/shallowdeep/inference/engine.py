@@ -19,7 +19,9 @@ from shallowdeep.errors import ConfigError, DataError, UnknownName
 from shallowdeep.inference.backends import BACKENDS, PRECISIONS, Driver, Order
 from shallowdeep.inference.runner import Answers, Latency, Values, collect
 from shallowdeep.inference.stages import as_values
-from shallowdeep.inference.tuning import CANDIDATES, Tuning, make_task, tune
+from shallowdeep.inference.tuning.result import Tuning
+from shallowdeep.inference.tuning.task import CANDIDATES, make_task
+from shallowdeep.inference.tuning.tune import tune
 from shallowdeep.networks.calls import call_on_example, evaluating, taking_turns
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.policies.rules import ExitPolicy, exits_of

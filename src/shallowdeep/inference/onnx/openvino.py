@@ -11,7 +11,8 @@ import torch
 
 from shallowdeep.errors import ConfigError, NetworkError, require
 from shallowdeep.inference.backends import Order
-from shallowdeep.inference.onnx.export import MICRO_BATCH, models_for
+from shallowdeep.inference.onnx.onnxruntime import MICRO_BATCH
+from shallowdeep.inference.onnx.precisions import models_for
 from shallowdeep.inference.runner import OUT, Cascade, Step, Values
 from shallowdeep.inference.stages import thresholds_of
 from shallowdeep.networks.calls import first_line

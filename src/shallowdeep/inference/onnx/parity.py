@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from shallowdeep.errors import NetworkError
-from shallowdeep.inference.runner import Answers, Runner, Settings
+from shallowdeep.inference.onnx.convert import Converted
+from shallowdeep.inference.runner import Answers, Runner, Settings, made_up
 from shallowdeep.inference.stages import thresholds_of, with_thresholds
 from shallowdeep.networks.calls import exact_float32
 from shallowdeep.policies.rules import ExitPolicy
-
-if TYPE_CHECKING:
-    from shallowdeep.inference.onnx.export import Converted
 
 TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order, through a hundred layers
 SCORES = 1e-4
@@ -95,8 +93,6 @@ def check_folder(folder: Path, converted: Converted, policy: ExitPolicy, precisi
 
 def extremes_of(folder: Path, policy: ExitPolicy) -> dict[str, dict[str, float | int]] | None:
     """Thresholds by which everyone leaves at the first exit (``"early"``), and by which nobody does (``"late"``)."""
-    from shallowdeep.inference.runner import made_up
-
     runner = Runner(folder, settings=Settings(threads=torch.get_num_threads()))
     values = made_up(runner.manifest, 4)
     names = thresholds_of(policy)

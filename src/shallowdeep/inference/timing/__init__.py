@@ -1,0 +1,1 @@
+"""What a benchmark times, lane by lane: engines, what they are compared to, and the stages alone."""
