@@ -47,15 +47,13 @@ def build_step(name: str, setting: dict[str, Any], device: str, keeping: ExitSta
     model = torch.compile(sdn) if setting["compiled"] else sdn
 
     def step() -> None:
-        with torch.autocast(device, torch.bfloat16, enabled=setting["precision"] == "bf16"):
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=setting["precision"] == "bf16"):
             logits = model(images)
         loss = phase.objective([x.float() for x in logits], labels, 0.5)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(sdn.parameters(), phase.recipe.clip_norm or 5.0)
         optimizer.step()
         optimizer.zero_grad()
-        if device == "cuda":
-            torch.cuda.synchronize()
 
     return step
 
@@ -65,6 +63,8 @@ def seconds(step: Callable[[], None], steps: int) -> float:
     started = time.perf_counter()
     for _ in range(steps):
         step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return (time.perf_counter() - started) / steps
 
 
@@ -87,6 +87,7 @@ def main() -> None:
             )
         ]
         with ExitStack() as keeping:
+            torch.compiler.reset()  # it remembers eight networks of one class, and runs a ninth one uncompiled
             torch.set_num_threads(max(args.threads))
             steps = [build_step(name, setting, args.device, keeping) for setting in settings]
             for threads in args.threads:

@@ -218,6 +218,7 @@ def bench(
     precision: Annotated[list[str] | None, typer.Option(help="fp32, bf16 or int8 (repeat); fp32")] = None,
     num_samples: Annotated[int, typer.Option(help="of the test split, at most")] = 2000,
     rounds: Annotated[int, typer.Option(help="times that each figure is taken")] = 10,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     threads: Annotated[int | None, typer.Option(help="of the CPU; without: as many as PyTorch takes")] = None,
     smaller: Annotated[bool, typer.Option(help="also time the networks that end at one exit")] = True,
     provider: Annotated[list[str] | None, typer.Option(help="of ONNX Runtime, for an exported folder")] = None,
@@ -233,12 +234,14 @@ def bench(
         raise ConfigError("--provider is for an exported folder; name back ends by --backend.")
     from shallowdeep.errors import MissingExtra
     from shallowdeep.inference.bench import DEFAULT_BACKENDS, measure_speed
+    from shallowdeep.processes import make_fabric
     from shallowdeep.provenance import describe_environment
     from shallowdeep.runs import Run
 
     chosen = Run.open(run)
-    policy, sdn = chosen.policy(), chosen.load()
-    data = chosen.load_data(sdn.backbone)
+    place = make_fabric(device).device
+    policy, sdn = chosen.policy(), chosen.load().to(place)
+    data = chosen.load_data(sdn.backbone).to(place)
     test = _first_samples(data.split("test"), num_samples)
     recorded = (chosen.folder / "traces" / "test.safetensors").exists()
     report = measure_speed(
@@ -302,6 +305,10 @@ def paper(
     epochs: Annotated[int | None, typer.Option(help="of every training, instead of the recipe's")] = None,
     seeds: Annotated[str, typer.Option(help="with commas between them")] = "0",
     threads: Annotated[int, typer.Option(help="of the CPU, in each cell")] = 1,
+    passes: Annotated[
+        int | None,
+        typer.Option(help="whose features are recorded for IC-only training, instead of the recipe's; 0: none"),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="the training step, by PyTorch's compiler")] = False,
     jobs: Annotated[int, typer.Option(help="cells side by side")] = 1,
@@ -321,7 +328,7 @@ def paper(
         typer.echo(f"{write_page(results, out, backdoor or [])} cells are in {out}")
     cells = paper_cells(
         data=data or DATA, networks=network or NETWORKS, recipes=recipe or ("fast",), seeds=_seeds(seeds),
-        epochs=epochs, threads=threads,
+        epochs=epochs, threads=threads, passes=passes,
     )  # fmt: skip
     chosen, place = select(cells, only or []), Place(runs, results, data_dir, device, compile)
     if list_:

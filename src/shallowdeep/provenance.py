@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from shallowdeep.errors import FileFormatError
 from shallowdeep.processes import is_first, shard, wait_for_all
 from shallowdeep.storage import read_json, write_json, write_text
 from shallowdeep.training.features import drop_features
+from shallowdeep.versions import versions_of
 
 
 def describe_environment(data: Splits, device: str) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def describe_machine(device: str) -> dict[str, Any]:
         "revision": _revision(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("shallowdeep", "torch", "numpy", "lightning-fabric")},
+        "versions": versions_of(("shallowdeep", "torch", "numpy", "lightning-fabric")),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

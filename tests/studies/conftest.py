@@ -11,12 +11,12 @@ from shallowdeep.analysis.confusion import Confusion
 from shallowdeep.analysis.overthinking import Overthinking
 from shallowdeep.config import RecipeChoice, RunConfig
 from shallowdeep.studies.cells import Cell, Place
-from shallowdeep.studies.paper import paper_cells
+from shallowdeep.studies.paper import PASSES, paper_cells
 from shallowdeep.studies.results import CellResult, Provenance, Start
 from shallowdeep.studies.side_by_side import run_cells
+from shallowdeep.training.features import FeatureReuse
 
 TINY = {"network": "studies.tiny_network:build", "taps": ("1", "3"), "val_size": 1000}  # 437 images to train on
-
 
 STARTED = Start(
     revision="abc",
@@ -87,9 +87,11 @@ def make_result() -> Callable[..., CellResult]:
         n_train: int = 45_000,
         n_val: int = 5_000,
         threads: int = 1,
+        passes: int | None = None,
         starts: tuple[Start, ...] = (STARTED,),
     ) -> CellResult:
         exits = strategy != "plain"
+        recorded = PASSES[recipe] if strategy == "ic_only" else 0
         shares = (0.4, 0.6, accuracy) if exits else (accuracy,)
         length = "" if epochs is None else f"-{epochs}epochs"
         return CellResult(
@@ -102,6 +104,7 @@ def make_result() -> Callable[..., CellResult]:
                 recipe=RecipeChoice(name=recipe, epochs=epochs, label_smoothing=label_smoothing),
                 seed=seed,
                 threads=threads,
+                features=FeatureReuse(passes=(recorded if passes is None else passes)),
                 init=f"{data}/{network}/plain" if strategy in ("ic_only", "mixed") else None,
             ),
             n_train=n_train,

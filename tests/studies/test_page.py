@@ -198,6 +198,8 @@ def test_the_commands_make_the_groups_again(make_result, shell, monkeypatch):
         *unusual,
         make_result(threads=2, data="cifar10"),
         make_result("joint", data="cifar10", network="resnet56"),
+        make_result("ic_only", data="cifar10", network="resnet56", passes=0),
+        make_result("ic_only", data="cifar10", network="mobilenet"),
         *(make_result(strategy, data="digits", **more) for strategy in ("plain", "mixed")),
     ]
     for group in groups_of(results, DATA):
@@ -207,6 +209,7 @@ def test_the_commands_make_the_groups_again(make_result, shell, monkeypatch):
             asked |= asked_by(command, shell, monkeypatch)
         for result in group.results:
             assert asked[result.name].config.threads == result.config.threads
+            assert asked[result.name].config.features == result.config.features
             assert result.config.seed == asked[result.name].config.seed
 
 

@@ -40,6 +40,12 @@ def test_another_length_is_in_the_name():
     assert plain.epochs == 25
 
 
+def test_passes_are_the_exits_cells_own():
+    cells = paper_cells(data=["cifar10"], networks=["resnet56"], passes=0)
+    assert [cell.config.features.passes for cell in cells] == [0, 0, 0, 0]
+    assert all(cell.command[-2:] == ("--passes", "0") for cell in cells)
+
+
 @pytest.mark.parametrize(
     "asked", [{"data": ["cifar11"]}, {"networks": ["resnet57"]}, {"recipes": ["slow"]}, {"networks": ["timm:vit"]}]
 )
@@ -48,7 +54,7 @@ def test_unknown_names(asked):
         paper_cells(**asked)
 
 
-@pytest.mark.parametrize("asked", [{"epochs": 0}, {"threads": 0}, {"seeds": [-1]}])
+@pytest.mark.parametrize("asked", [{"epochs": 0}, {"threads": 0}, {"seeds": [-1]}, {"passes": -1}])
 def test_numbers_out_of_range(asked):
     with pytest.raises(ConfigError, match="from 1 on"):
         paper_cells(**asked)

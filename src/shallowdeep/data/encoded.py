@@ -18,6 +18,7 @@ from shallowdeep.data.files.decode import decode
 from shallowdeep.data.files.stores import Store
 from shallowdeep.data.labelled import check_labelled, check_pass, labels_md5, own_parts, positions
 from shallowdeep.data.labels import LabelTree
+from shallowdeep.data.normalise import normaliser
 from shallowdeep.data.preprocess import Preprocessing
 from shallowdeep.data.samples import Augmentation, Batch
 from shallowdeep.data.stratify import stratified_split
@@ -89,7 +90,8 @@ class EncodedImages:
     @property
     def example_inputs(self) -> Float[Tensor, "b 3 s s"]:
         """The first four images, decoded and normalised (fewer if there are fewer)."""
-        return self._normalise(_pixels(self._reader(None, None), self.ids[:4].tolist()).to(self.device))
+        images = _pixels(self._reader(None, None), self.ids[:4].tolist()).to(self.device)
+        return normaliser(self.preprocessing.mean, self.preprocessing.std, self.device)(images)
 
     def to(self, device: str | torch.device) -> EncodedImages:
         """The same samples, whose batches come on another device."""
@@ -161,10 +163,11 @@ class EncodedImages:
 
     def _batches(self, rows: list[Tensor], reader: _Reader, channels_last: bool) -> Iterator[Batch]:
         format = torch.channels_last if channels_last else torch.contiguous_format
+        normalise = normaliser(self.preprocessing.mean, self.preprocessing.std, self.device)
         for chosen, images in zip(rows, self._decoded(rows, reader), strict=True):
             inputs = images.to(self.device, non_blocking=self.device.type == "cuda")
             labels, ids = (values[chosen].long().to(self.device) for values in (self.labels, self.ids))
-            yield Batch(self._normalise(inputs.contiguous(memory_format=format)), labels, ids)
+            yield Batch(normalise(inputs.contiguous(memory_format=format)), labels, ids)
 
     def _decoded(self, rows: list[Tensor], reader: _Reader) -> Iterator[UInt8[Tensor, "b 3 s s"]]:
         share = max(1, _cores() // shard()[1])
@@ -187,12 +190,6 @@ class EncodedImages:
 
     def _reader(self, augment: Augmentation | None, seed: int | None) -> _Reader:
         return _Reader(self.store, self.preprocessing, augment or Augmentation(), seed)
-
-    def _normalise(self, images: UInt8[Tensor, "b 3 s s"]) -> Float[Tensor, "b 3 s s"]:
-        p = self.preprocessing
-        mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (p.mean, p.std))
-        # (x / 255 - mean) / std as one product and one sum, in place
-        return images.float().mul_(1 / (255 * std)).sub_(mean / std)
 
     def md5(self) -> dict[str, str]:
         """Fingerprints of the compressed images and of the labels.

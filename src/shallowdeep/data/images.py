@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shallowdeep.data.labelled import check_labelled, check_pass, labels_md5, own_parts, positions
 from shallowdeep.data.labels import LabelTree
+from shallowdeep.data.normalise import normaliser
 from shallowdeep.data.samples import Augmentation, Batch
 from shallowdeep.data.stratify import stratified_split
 from shallowdeep.errors import ConfigError, DataError
@@ -74,7 +75,7 @@ class ImageSet:
     @property
     def example_inputs(self) -> Float[Tensor, "b c h w"]:
         """The first four images, normalised (fewer if there are fewer)."""
-        return self._normalise(self.images[:4])
+        return normaliser(self.mean, self.std, self.device)(self.images[:4])
 
     def to(self, device: str | torch.device) -> ImageSet:
         """The same samples on another device."""
@@ -158,10 +159,11 @@ class ImageSet:
             pixels = ((self.images[part], part) for part in parts)
         else:
             pixels = self._shuffled(parts, augment or Augmentation(), seed)
+        normalise = normaliser(self.mean, self.std, self.device)
         return (
             Batch(
                 # reordered while still bytes, which moves a quarter as much
-                self._normalise(images.contiguous(memory_format=format)),
+                normalise(images.contiguous(memory_format=format)),
                 self.labels[rows].long(),
                 self.ids[rows].long(),
             )
@@ -182,11 +184,6 @@ class ImageSet:
             if augment != Augmentation():
                 images = _crop_and_flip(images, shifts[part], flips[part], augment.pad)
             yield images, rows
-
-    def _normalise(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        mean, std = (torch.tensor(values, device=self.device).view(-1, 1, 1) for values in (self.mean, self.std))
-        # (x / 255 - mean) / std as one product and one sum, in place
-        return images.float().mul_(1 / (255 * std)).sub_(mean / std)
 
     def md5(self) -> dict[str, str]:
         """Fingerprints of the pixels and of the labels, to compare with those others publish.

@@ -18,6 +18,7 @@ from shallowdeep.networks.calls import (
     call,
     distinct_rows,
     evaluating,
+    exact_float32,
     example_logits,
     find_logits,
     first_line,
@@ -85,7 +86,7 @@ def probe(
         NetworkError: the network does not take the example, or returns no logits.
     """
     inputs = distinct_rows(example_inputs, PROOF_ROWS)
-    with taking_turns(net), evaluating(net):
+    with taking_turns(net), evaluating(net), exact_float32():
         walk = _walk(net, inputs, logits)
         proofs: dict[str, _Proof] = {}
         closed: tuple[str, ...] = ()
@@ -106,7 +107,7 @@ def probe_sites(
     """``probe`` for given submodules only, in the order in which they are computed."""
     inputs = distinct_rows(example_inputs, PROOF_ROWS)
     sites = []
-    with taking_turns(net), evaluating(net):
+    with taking_turns(net), evaluating(net), exact_float32():
         walk = _walk(net, inputs, logits)
         for name in names:
             submodule(net, name)

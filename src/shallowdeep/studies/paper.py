@@ -32,6 +32,7 @@ def paper_cells(
     seeds: Sequence[int] = (0,),
     epochs: int | None = None,
     threads: int = 1,
+    passes: int | None = None,
 ) -> list[Cell]:
     """The cells of the table, each after the one it starts from.
 
@@ -46,6 +47,8 @@ def paper_cells(
         seeds: of initial weights, order and augmentation.
         epochs: length of every training, instead of the recipe's own.
         threads: of the CPU, in each cell.
+        passes: over the training data whose features are recorded for IC-only training, instead of the recipe's own;
+            0: the backbone runs in every epoch, which is less work where it is fast and disks are slow.
 
     Raises:
         UnknownName: there is no such data set, network or recipe.
@@ -59,18 +62,23 @@ def paper_cells(
         for name in names:
             if name not in known:
                 raise UnknownName(kind, name, known)
-    if (epochs is not None and epochs < 1) or threads < 1 or min(seeds, default=0) < 0:
-        raise ConfigError(f"epochs and threads are from 1 on, seeds from 0; got {epochs}, {threads}, {list(seeds)}.")
+    if (epochs is not None and epochs < 1) or threads < 1 or min(*seeds, passes or 0, 0) < 0:
+        raise ConfigError(
+            "epochs and threads are from 1 on, seeds and passes from 0; "
+            f"got {epochs}, {threads}, {list(seeds)}, {passes}."
+        )
     cells: list[Cell] = []
     for recipe in recipes:
         for seed in seeds:
             for name in data:
                 for network in networks:
-                    cells += _four_cells(name, network, recipe, seed, epochs, threads)
+                    cells += _four_cells(name, network, recipe, seed, epochs, threads, passes)
     return cells
 
 
-def _four_cells(data: str, network: str, recipe: str, seed: int, epochs: int | None, threads: int) -> list[Cell]:
+def _four_cells(
+    data: str, network: str, recipe: str, seed: int, epochs: int | None, threads: int, passes: int | None
+) -> list[Cell]:
     shared: dict[str, Any] = {
         "data": data,
         "network": network,
@@ -81,7 +89,7 @@ def _four_cells(data: str, network: str, recipe: str, seed: int, epochs: int | N
         "val_size": 0 if recipe == "paper" else None,
     }
     length = "" if epochs is None else f"-{epochs}epochs"
-    reuse = FeatureReuse(passes=PASSES.get(recipe, 0))
+    reuse = FeatureReuse(passes=PASSES.get(recipe, 0) if passes is None else passes)
     kinds: dict[str, dict[str, Any]] = {
         "plain": {"strategy": "plain"},
         "ic_only": {"strategy": "ic_only", "features": reuse},
@@ -95,14 +103,21 @@ def _four_cells(data: str, network: str, recipe: str, seed: int, epochs: int | N
             name=name,
             strategy=strategy,
             config=RunConfig(**shared, **changes),
-            command=_command(name, data, network, recipe, seed, epochs, threads),
+            command=_command(name, data, network, recipe, seed, epochs, threads, passes),
             init=found["plain"] if strategy in ("ic_only", "mixed") else None,
         )
     return list(found.values())
 
 
 def _command(
-    name: str, data: str, network: str, recipe: str, seed: int, epochs: int | None, threads: int
+    name: str,
+    data: str,
+    network: str,
+    recipe: str,
+    seed: int,
+    epochs: int | None,
+    threads: int,
+    passes: int | None,
 ) -> tuple[str, ...]:
     words = ["study", "paper", "--only", name]
     if data not in DATA:
@@ -117,6 +132,8 @@ def _command(
         words += ["--seeds", str(seed)]
     if threads != 1:
         words += ["--threads", str(threads)]
+    if passes is not None:
+        words += ["--passes", str(passes)]
     return tuple(words)
 
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from shallowdeep.studies.layout import Group, label, markdown_table, paragraph, title_of_network
-from shallowdeep.studies.paper import DATA, NETWORKS, STRATEGIES
+from shallowdeep.studies.paper import DATA, NETWORKS, PASSES, STRATEGIES
 from shallowdeep.studies.results import CellResult
 from shallowdeep.studies.tasks import title_of
 
@@ -37,24 +37,36 @@ def show_how(groups: Sequence[Group]) -> list[str]:
 
 
 def commands_of(group: Group) -> list[str]:
-    """Command lines that run a group's cells again: one, or where numbers of threads differ, one for each."""
-    by_threads: dict[int, list[CellResult]] = {}
+    """Command lines that run a group's cells again: one, or where options differ, one for each."""
+    alike: dict[tuple[str, ...], list[CellResult]] = {}
     for result in group.results:
-        by_threads.setdefault(result.config.threads or 1, []).append(result)
-    if len(by_threads) == 1:
-        return [_command(group, [f"{group.data}/*"], *by_threads)]
-    return [_command(group, [result.name for result in by_threads[number]], number) for number in sorted(by_threads)]
+        alike.setdefault(_options_of(result), []).append(result)
+    if len(alike) == 1:
+        return [_command(group, [f"{group.data}/*"], *alike)]
+    return [_command(group, [result.name for result in alike[options]], options) for options in sorted(alike)]
 
 
-def _command(group: Group, names: Sequence[str], threads: int) -> str:
+def _options_of(result: CellResult) -> tuple[str, ...]:
+    """What is not as it would be without options, beside what cells of a group have in common."""
+    threads, passes, usual = (
+        result.config.threads or 1,
+        result.config.features.passes,
+        PASSES[result.config.recipe.name],
+    )
+    return (
+        *(() if threads == 1 else (f"--threads {threads}",)),
+        *(() if result.strategy != "ic_only" or passes == usual else (f"--passes {passes}",)),
+    )
+
+
+def _command(group: Group, names: Sequence[str], options: Sequence[str]) -> str:
     seeds = ",".join(str(seed) for seed in sorted({result.config.seed for result in group.results}))
     networks = sorted({result.config.network for result in group.results})
     words = ["shallowdeep study paper", *(f"--only '{name}'" for name in names)]
     words += [] if group.data in DATA else [f"--data {group.data}"]
     words += [] if set(networks) <= set(NETWORKS) else [f"--network {network}" for network in networks]
     words += [f"--recipe {group.recipe_name}"] + ([] if group.epochs is None else [f"--epochs {group.epochs}"])
-    words += [f"--seeds {seeds}"] + ([] if threads == 1 else [f"--threads {threads}"])
-    return " ".join(words)
+    return " ".join([*words, f"--seeds {seeds}", *options])
 
 
 def _places(results: Sequence[CellResult]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from shallowdeep.networks.zoo import spec_of
 from shallowdeep.processes import gather, is_first, shard
 from shallowdeep.progress import track
 from shallowdeep.traces.trace import Trace, TraceInfo
+from shallowdeep.versions import versions_of
 
 
 def record(
@@ -185,5 +185,5 @@ def describe(
         class_names=samples.class_names,
         tree=samples.tree,
         strategy=strategy,
-        versions={"shallowdeep": version("shallowdeep"), "torch": str(torch.__version__)},
+        versions={**versions_of(["shallowdeep"]), "torch": str(torch.__version__)},
     )

@@ -248,6 +248,7 @@ class _Run:
         if not self.compile:
             return network
         check_compiler(device, "compile=True", "leave compile out")
+        torch.compiler.reset()  # it remembers eight networks of one class, and runs a ninth one uncompiled
         return torch.compile(network)
 
     def _epoch(self, stage: _Stage, number: int, epoch: int, line: Bar, odd: list[str]) -> dict[str, Any]:
@@ -380,8 +381,9 @@ def _check_finite(loss: float, epoch: int) -> None:
 
 def _not_finite(sdn: ShallowDeepNetwork) -> list[str]:
     """Names of the weights and buffers that are not finite."""
-    tensors = sdn.state_dict().items()
-    return [name for name, tensor in tensors if isinstance(tensor, Tensor) and not tensor.isfinite().all()]
+    tensors = {name: tensor for name, tensor in sdn.state_dict().items() if isinstance(tensor, Tensor)}
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()  # a GPU is asked once
+    return [name for name, fine in zip(tensors, finite, strict=True) if not fine]
 
 
 def _diverged(what: str, epoch: int) -> TrainingDiverged:

@@ -30,7 +30,7 @@ class Tally:
         """Count a batch: how many labels each exit finds, or, without labels, of the last exit's answers."""
         self.labelled = batch.labels is not None
         wanted = logits[-1].argmax(1) if batch.labels is None else batch.labels
-        self.right = self.right + torch.stack([(x.argmax(1) == wanted).sum() for x in logits])
+        self.right = self.right + (torch.stack([x.argmax(1) for x in logits]) == wanted).sum(1)
         self.loss = self.loss + loss
         self.num_batches += 1
         self.num_samples += len(wanted)
