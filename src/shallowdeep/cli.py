@@ -294,6 +294,23 @@ def report(
         typer.echo(str(write_report(opened, out or "report.html", galleries=images)))
 
 
+@app.command()
+def explore(
+    run: RunFolder,
+    host: Annotated[str, typer.Option(help="to listen on; others reach the page only if this is not 127.0.0.1")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="0: any free one")] = 8000,
+    max_upload: Annotated[float, typer.Option(help="largest image file, in MB")] = 10.0,
+    open_: Annotated[bool, typer.Option("--open/--no-open", help="open the page in the browser")] = False,
+) -> None:
+    """A local page: pick or drop an image, and see the prediction evolve, exit by exit, as it is computed."""
+    from shallowdeep.explore.server import serve
+    from shallowdeep.runs import Run
+
+    serve(Run.open(run), host=host, port=port, max_upload_mb=max_upload, open_browser=open_, say=typer.echo)
+
+
 @study_app.command()
 def paper(
     list_: Annotated[bool, typer.Option("--list", help="show what is done and what is missing; run nothing")] = False,

@@ -29,6 +29,8 @@ from shallowdeep.storage import shown
 
 MICRO_BATCH = {"cpu": 32}
 """Rows run at a time where nothing is asked, by kind of device; others take 256."""
+RECORDING = 2
+"""Calls of a CUDA graph before it replays: one warms up, one records."""
 
 _compiling = threading.Lock()  # the compiler's settings are the process's
 _replaying = threading.Lock()  # and CUDA graphs share one pool of memory
@@ -72,11 +74,7 @@ class CompiledStages(TorchStages):
         """
         inputs = [_laid_out(tensor) for tensor in inputs]
         compiled = self._compiled.get((stage, len(inputs[0]))) or self._compile(stage, inputs)
-        if self.device.type == "cpu":
-            return tuple(compiled(*inputs))
-        with _replaying:  # the next replay writes over what this one gives
-            torch.compiler.cudagraph_mark_step_begin()
-            return tuple(output.clone() for output in compiled(*inputs))
+        return tuple(compiled(*inputs)) if self.device.type == "cpu" else _replayed(compiled, inputs)
 
     def take(self, values: Values, rows: np.ndarray) -> Values:
         """Some rows of every value, by index; channels stay last."""
@@ -88,7 +86,10 @@ class CompiledStages(TorchStages):
         with _compiling:
             if (stage, rows) not in self._compiled:  # another thread may have been at it
                 for _ in track([stage], 1, f"compiling to exit {exit}, {rows} rows", shown=self._progress):
-                    self._compiled[stage, rows] = _compiled(self.modules[stage], inputs, f"exit {exit}")
+                    compiled = _compiled(self.modules[stage], inputs, f"exit {exit}")
+                    for _ in range(0 if self.device.type == "cpu" else RECORDING):
+                        _replayed(compiled, inputs)
+                    self._compiled[stage, rows] = compiled
             return self._compiled[stage, rows]
 
 
@@ -112,6 +113,13 @@ def _compiled(module: nn.Module, inputs: list[Any], name: str) -> Callable[..., 
             f"the stage up to {name} does not compile for {len(inputs[0])} rows: {first_line(error)}. "
             "Use backend='stages', which runs it as it is."
         ) from error
+
+
+def _replayed(compiled: Callable[..., Any], inputs: list[Any]) -> tuple[Tensor, ...]:
+    """What a CUDA graph gives, copied: the next replay writes over it."""
+    with _replaying:
+        torch.compiler.cudagraph_mark_step_begin()
+        return tuple(output.clone() for output in compiled(*inputs))
 
 
 def _laid_out(tensor: Tensor) -> Tensor:
