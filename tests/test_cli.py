@@ -96,7 +96,8 @@ def test_calibrate_then_replay(runs, shell):
     assert kept["n"] == 360
     assert f"{100 * kept['cost']:.1f} %" in out
     # Validation met the budget; test may pass it a little.
-    assert json.loads((runs / "ic" / "results" / "calibration.json").read_text())["cost"] <= 0.5
+    calibration = json.loads((runs / "ic" / "results" / "calibration.json").read_text())
+    assert calibration["cost"] <= calibration["demand"]["max_cost"] == 0.5
     assert kept["cost"] < 0.6
 
 
@@ -108,6 +109,7 @@ def test_calibrate_by_drop_from_the_original(runs, shell):
     kept = json.loads((runs / "ic" / "results" / "calibration.json").read_text())
     val = Trace.load(runs / "plain" / "traces" / "val.safetensors")
     assert kept["accuracy"] >= val.correct[:, -1].double().mean().item() - 0.02 - 1e-9
+    assert kept["demand"]["original"] == str(runs / "plain")
 
 
 def test_patience_from_the_command_line(runs, shell):

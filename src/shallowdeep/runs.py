@@ -273,7 +273,8 @@ class Run:
         policy = calibrate(val, original=None if original is None else original.trace("val"), **demand)
         write_json(self.folder / "policy.json", policy.to_dict())
         decisions = replay(val, policy)
-        self.write_result("calibration", decisions, policy=policy.to_dict())
+        asked = demand if original is None else {**demand, "original": str(original.folder)}
+        self.write_result("calibration", decisions, policy=policy.to_dict(), demand=asked)
         return decisions
 
     def policy(self) -> ExitPolicy:

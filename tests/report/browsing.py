@@ -35,6 +35,8 @@ def assert_replays(chapter, trace, policy):
     found = replay(trace, policy)
     assert live["accuracy"] == pytest.approx(found.accuracy, abs=ROUNDING)
     assert live["cost"] == pytest.approx(found.cost, abs=ROUNDING)
+    at_the_end = trace.correct[:, -1].double().mean().item()
+    assert live["difference"] == pytest.approx(found.accuracy - at_the_end, abs=ROUNDING)
     assert shares == pytest.approx(found.exit_shares, abs=ROUNDING)
 
 

@@ -43,7 +43,8 @@ def test_the_verdict_has_the_numbers(make_run):
     assert f"{100 * found.accuracy[-1]:.2f} % of the 60" in first
     assert f"{100 * found.wasteful:.1f} %" in first
     assert f"{100 * found.destructive_of_errors:.1f} % of its errors" in second
-    assert f"{100 * decisions.accuracy:.2f} % at {100 * decisions.cost:.1f} % of the cost" in third
+    price = f"{100 * (decisions.accuracy - found.accuracy[-1]):+.2f} points".replace("-", "\N{MINUS SIGN}")
+    assert f"{100 * decisions.accuracy:.2f} % ({price}) at {100 * decisions.cost:.1f} % of the cost" in third
 
 
 def test_a_threshold_says_where_it_comes_from(make_run):
@@ -52,7 +53,11 @@ def test_a_threshold_says_where_it_comes_from(make_run):
     assert "does not say what data chose it" in by_hand.source
     run = make_run("calibrated")
     run.calibrate(max_cost=0.6)
-    assert "chosen on validation data" in only(run).early.start.source
+    assert "chosen on validation data (--max-cost 0.6)" in only(run).early.start.source
+    assert only(run).origins.commands == (
+        "shallowdeep fit --out run", "shallowdeep record run", "shallowdeep analyze run",
+        "shallowdeep calibrate run --max-cost 0.6", "shallowdeep replay run",
+    )  # fmt: skip
     write_json(run.folder / "policy.json", Confidence(0.123).to_dict())
     assert "changed after the last calibration" in only(run).early.start.source
 

@@ -13,7 +13,7 @@ from shallowdeep.report.content import Page, make_page
 from shallowdeep.report.gallery import MAX_CLASSES
 from shallowdeep.report.missing import Missing
 from shallowdeep.report.plots.page import make_plots
-from shallowdeep.report.words import count, percent, signed, verdict
+from shallowdeep.report.words import count, percent, points, signed, verdict
 from shallowdeep.runs import Run
 from shallowdeep.storage import write_text
 
@@ -114,7 +114,7 @@ def _template(name: str) -> Any:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    environment.filters |= {"percent": percent, "count": count, "signed": signed, "verdict": verdict}
+    environment.filters |= {"percent": percent, "count": count, "signed": signed, "points": points, "verdict": verdict}
     environment.tests["missing"] = lambda value: isinstance(value, Missing)
     return environment.get_template(name)
 

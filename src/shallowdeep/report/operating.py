@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from shallowdeep.analysis.budgets import Budgets
 from shallowdeep.policies.replay import Decisions, replay
@@ -78,6 +80,17 @@ def _of_half(budgets: Budgets) -> float | None:
     return rows[0].threshold if rows and isinstance(rows[0].threshold, float) else None
 
 
+def options_of(calibration: Mapping[str, Any]) -> list[str]:
+    """What a calibration was asked for, as options of the command; none where its file is older than that.
+
+    >>> options_of({"demand": {"max_cost": 0.5, "rule": "confidence", "original": None}})
+    ['--max-cost 0.5', '--rule confidence']
+    """
+    demand = calibration.get("demand")
+    asked = demand.items() if isinstance(demand, Mapping) else ()
+    return [f"--{name.replace('_', '-')} {value}" for name, value in asked if value is not None]
+
+
 def policy_of(run: Run) -> tuple[ExitPolicy | Missing, str]:
     """A run's policy, and where it comes from, as its folder tells."""
     policy = attempt(run.policy)
@@ -86,5 +99,6 @@ def policy_of(run: Run) -> tuple[ExitPolicy | Missing, str]:
         return policy, "From the run's policy.json; the folder does not say what data chose it."
     calibration = attempt(lambda: read_json(path))
     if isinstance(calibration, dict) and calibration.get("policy") == policy.to_dict():
-        return policy, "The run's own policy, chosen on validation data."
+        demand = " ".join(options_of(calibration))
+        return policy, f"The run's own policy, chosen on validation data{f' ({demand})' if demand else ''}."
     return policy, "From the run's policy.json, which was changed after the last calibration."

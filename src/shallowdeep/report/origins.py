@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from shallowdeep.report.missing import Missing, attempt
+from shallowdeep.report.operating import options_of
 from shallowdeep.runs import Run
 from shallowdeep.storage import read_json
 
@@ -83,13 +85,22 @@ def _fingerprints(found: Any) -> list[tuple[str, str, str]]:
 
 
 def _commands(run: Run, training: Any, *, has_policy: bool) -> tuple[str, ...]:
-    name = run.folder.name
     commands = [training] if isinstance(training, str) else []
+    name = _trained_into(run, training.split() if commands else [])
     commands += [f"shallowdeep record {name}", f"shallowdeep analyze {name}"]
     if has_policy:
-        commands += [f"# {name}/policy.json as above, or chosen anew: shallowdeep calibrate {name} …"]
+        calibration = attempt(lambda: read_json(run.folder / "results" / "calibration.json"))
+        options = options_of(calibration) if isinstance(calibration, dict) else []
+        chosen = f"shallowdeep calibrate {name} {' '.join(options) or '…'}"
+        commands += [chosen if options else f"# policy.json as above, or chosen anew: {chosen}"]
         commands += [f"shallowdeep replay {name}"]
     return (*commands, *_of_benchmark(run))
+
+
+def _trained_into(run: Run, words: Sequence[str]) -> str:
+    """The folder that a command line names, so that those after it go on with that; else the run's own name."""
+    places = [after for word, after in pairwise(words) if word == "--out"]
+    return places[-1] if places else run.folder.name
 
 
 def _of_benchmark(run: Run) -> list[str]:

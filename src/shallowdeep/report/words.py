@@ -36,6 +36,15 @@ def signed(number: float) -> str:
     return f"{number:+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
+def points(difference: float) -> str:
+    """A difference of two shares in points of per cent, with its sign.
+
+    >>> points(-0.0044)
+    '−0.44'
+    """
+    return signed(100 * difference)
+
+
 def verdict(chapter: Chapter) -> tuple[str, ...]:
     """What a run shows, in three sentences; in one where it has no internal exits."""
     early = chapter.early
@@ -54,8 +63,8 @@ def verdict(chapter: Chapter) -> tuple[str, ...]:
         )
     found = early.overthinking
     return (
-        f"Run to its end, this {chapter.network} is {right}. On {percent(found.wasteful)} of all samples an earlier "
-        "exit was right already: going on was wasted work there.",
+        f"Run to its end, this {chapter.network} is {right}, but on {percent(found.wasteful)} of them an earlier exit "
+        "had the right answer already.",
         f"{percent(found.destructive_of_errors)} of its errors come from thinking too long: an earlier exit had the "
         "right answer, and going on destroyed it.",
         _saving(chapter, early),
@@ -80,4 +89,8 @@ def _saving(chapter: Chapter, early: EarlyExits) -> str:
     kept = "it is right on" if chapter.measure == "accuracy" else "it answers as the last exit would on"
     saved = 1 - found.cost
     ending = f", which saves {percent(saved)} of the computation" if saved > 0 else ", which saves nothing"
-    return f"Leaving early by {rule}, {kept} {percent(found.accuracy, 2)} at {percent(found.cost)} of the cost{ending}."
+    price = f" ({points(found.accuracy - chapter.accuracy)} points)" if chapter.measure == "accuracy" else ""
+    return (
+        f"Leaving early by {rule}, {kept} {percent(found.accuracy, 2)}{price} at {percent(found.cost)} of the "
+        f"cost{ending}."
+    )

@@ -35,13 +35,13 @@ def accuracy_against_cost(chapter: Chapter, early: EarlyExits, beside: Sequence[
     ]
     shallow = early.exits[:-1]
     data.append(
-        points("a smaller network that ends at an exit", [e.alone for e in shallow], [e.accuracy for e in shallow],
-                QUIET, "square", [f"{e.name} {e.tap}: a network that ends here" for e in shallow], 8)
+        points("this network cut off at an exit", [e.alone for e in shallow], [e.accuracy for e in shallow],
+                QUIET, "square", [f"{e.name} {e.tap}: a network cut off here" for e in shallow], 8)
     )  # fmt: skip
     data.append(points("the whole network, no exits", [1.0], [chapter.accuracy], INK, "diamond",
                         ["the whole network without exits"], 12))  # fmt: skip
     data += [
-        points(f"plain run {one.name}", [1.0], [one.accuracy], INK, "diamond-open", [f"plain run {one.name}"], 13)
+        points(f"a plain run: {one.name}", [1.0], [one.accuracy], INK, "diamond-open", [f"a plain run: {one.name}"], 13)
         for one in beside
     ]
     if not isinstance(early.oracle, Missing):

@@ -67,7 +67,7 @@ def roc_curves(curves: dict[str, Roc]) -> Plot:
     }
     layout = {
         "shapes": [chance], "xaxis": axis("right answers with an alarm, %", range=[0, 101], dtick=20),
-        "yaxis": axis("wrong answers with one, %", range=[0, 101]),
+        "yaxis": axis("wrong answers with an alarm, %", range=[0, 101]),
     }  # fmt: skip
     return Plot(data, layout, "ROC curves of confusion and confidence as alarms for wrong answers.", 340)
 

@@ -4,6 +4,7 @@
   const page = JSON.parse(document.getElementById("page-data").textContent);
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
   const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)}\u00a0%`;
+  const points = (share) => `${share < 0 ? "\u2212" : "+"}${Math.abs(100 * share).toFixed(2)}`;
 
   // --- the samples -------------------------------------------------------------------------------------------------
   function decode(text, Kind) {
@@ -27,7 +28,7 @@
     const limit = Math.fround(threshold); // confidences are float32, and so PyTorch compares
     const { n, exits, confidences, predictions, labels } = run;
     const right = new Float64Array(run.num_exits), wrong = new Float64Array(run.num_exits);
-    let sameAsLast = 0, cost = 0;
+    let sameAsLast = 0, rightAtEnd = 0, cost = 0;
     const last = exits.length - 1, end = exits[last];
     for (let i = 0; i < n; i++) {
       let place = 0;
@@ -42,12 +43,13 @@
       const answer = predictions[answerer * n + i];
       (answer === labels[i] ? right : wrong)[exits[place]]++;
       if (answer === predictions[end * n + i]) sameAsLast++;
+      if (predictions[end * n + i] === labels[i]) rightAtEnd++;
     }
     let correct = 0;
     exits.forEach((exit, place) => { cost += (right[exit] + wrong[exit]) * run.costs[place]; correct += right[exit]; });
     const share = (counts) => Array.from(counts, (count) => count / n);
     return {
-      accuracy: correct / n, agreement: sameAsLast / n, cost: cost / n, right: share(right), wrong: share(wrong),
+      accuracy: correct / n, difference: (correct - rightAtEnd) / n, agreement: sameAsLast / n, cost: cost / n, right: share(right), wrong: share(wrong),
       shares: Array.from(right, (count, exit) => (count + wrong[exit]) / n),
     };
   }
@@ -98,13 +100,13 @@
   function show(chapter, run, threshold) {
     const found = replay(run, threshold), key = chapter.dataset.run;
     const values = {
-      accuracy: [found.accuracy, 2], agreement: [found.agreement, 2], cost: [found.cost, 1], saved: [1 - found.cost, 1],
+      accuracy: [found.accuracy, 2], difference: [found.difference, 2], agreement: [found.agreement, 2], cost: [found.cost, 1], saved: [1 - found.cost, 1],
       early: [1 - found.shares[run.num_exits - 1], 1],
     };
     all("[data-live]", chapter).forEach((element) => {
       const [value, digits] = values[element.dataset.live];
       element.dataset.value = value;
-      element.textContent = percent(value, digits);
+      element.textContent = element.dataset.live === "difference" ? points(value) : percent(value, digits);
     });
     all("[data-bar]", chapter).forEach((bar) => {
       bar.setAttribute("width", `${(60 * found.shares[bar.dataset.bar]).toFixed(2)}%`);
@@ -186,5 +188,6 @@
     figure.addEventListener("focus", place);
   });
 
+  document.querySelector("[data-words-to-know]").open = window.innerWidth > 700; // on a phone they fill the first screen
   choose(page.first);
 })();
