@@ -79,6 +79,7 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
         context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=colour)
         contexts.append(context)
         page = context.new_page()
+        page.set_default_timeout(30_000)
         page.said, page.asked_for = [], []
         page.on("console", lambda message: page.said.append(message.text))
         page.on("pageerror", lambda error: page.said.append(str(error)))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import uvicorn
+from studies.tiny_network import RUN
 
 from shallowdeep.config import load_config
 from shallowdeep.explore.app import make_app
@@ -16,21 +17,11 @@ from shallowdeep.explore.server import address_of, listen
 from shallowdeep.explore.setting import Setting, open_setting
 from shallowdeep.runs import Run
 
-TINY = {
-    "data": "digits",
-    "network": "studies.tiny_network:build",
-    "recipe.epochs": 2,
-    "recipe.batch_size": 32,
-    "recipe.lr": 0.02,
-    "threads": 1,
-    "device": "cpu",
-}
-
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A small network with two internal exits on real digits, recorded and calibrated; not to be changed."""
-    changes = TINY | {"strategy": "joint", "taps": ("1", "3")}
+    changes = RUN | {"strategy": "joint", "taps": ("1", "3")}
     run = Run.create(tmp_path_factory.mktemp("explored") / "digits", load_config(changes=changes))
     run.fit(progress=False)
     run.record(progress=False)

@@ -3,9 +3,7 @@
 import io
 import os
 import re
-import shutil
 import threading
-from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
 
@@ -24,37 +22,6 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip
 ALONE = 1e-5  # one image alone, and in a batch: sums in another order
 expect = sync_api.expect
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def browser():
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no browser: apt-get install chromium")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def open_page(browser):
-    """Opens an address; what the console says and what is asked for is kept with it."""
-    with ExitStack() as stack:
-
-        def open_(address, width=1200, colour="light"):
-            context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=colour)
-            stack.callback(context.close)
-            page = context.new_page()
-            page.set_default_timeout(30_000)
-            page.said, page.asked_for = [], []
-            page.on("console", lambda message: page.said.append(message.text))
-            page.on("pageerror", lambda error: page.said.append(str(error)))
-            page.on("request", lambda request: page.asked_for.append(request.url))
-            page.goto(address)
-            return page
-
-        yield open_
 
 
 def done(page):

@@ -19,7 +19,7 @@ from shallowdeep.storage import write_json
 def test_all_is_there(setting, digits):
     assert setting.notes == ()
     assert setting.slider == digits.policy()
-    assert setting.source == "The run's own policy, chosen on validation data."
+    assert setting.source == "The run's own policy, chosen on validation data (--max-cost 0.5)."
     assert setting.class_names == tuple("0123456789")
     assert [exit.name for exit in setting.exits] == ["exit 0", "exit 1", "last"]
     assert [exit.tap for exit in setting.exits] == ["1", "3", "output"]

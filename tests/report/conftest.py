@@ -6,22 +6,13 @@ from pathlib import Path
 
 import pytest
 from reference import make_trace
+from studies.tiny_network import RUN
 
 from shallowdeep.config import load_config
 from shallowdeep.policies.rules import ExitPolicy
 from shallowdeep.runs import Run
 from shallowdeep.storage import write_json
 from shallowdeep.traces.trace import Trace
-
-TINY = {
-    "data": "digits",
-    "network": "studies.tiny_network:build",
-    "recipe.epochs": 2,
-    "recipe.batch_size": 32,
-    "recipe.lr": 0.02,
-    "threads": 1,
-    "device": "cpu",
-}
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +21,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     folder = tmp_path_factory.mktemp("digits")
     runs = {}
     for name, changes in {"joint": {"strategy": "joint", "taps": ("1", "3")}, "plain": {"strategy": "plain"}}.items():
-        run = runs[name] = Run.create(folder / name, load_config(changes=TINY | changes))
+        run = runs[name] = Run.create(folder / name, load_config(changes=RUN | changes))
         run.fit(progress=False)
         run.record(progress=False)
     runs["joint"].calibrate(max_cost=0.5)

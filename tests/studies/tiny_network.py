@@ -14,3 +14,15 @@ def build(num_classes: int = 10) -> nn.Module:
         nn.BatchNorm1d(16 * 5 * 5),
         nn.Linear(16 * 5 * 5, num_classes),
     )
+
+
+RUN = {
+    "data": "digits",
+    "network": "studies.tiny_network:build",
+    "recipe.epochs": 2,
+    "recipe.batch_size": 32,
+    "recipe.lr": 0.02,
+    "threads": 1,
+    "device": "cpu",
+}
+"""A run of it on digits that takes seconds, as a configuration's changes."""
