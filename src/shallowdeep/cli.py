@@ -228,6 +228,8 @@ def bench(
     In an exported folder, time samples that leave at the first exit against such as go through.
     """
     if (run / "manifest.json").exists():
+        if device != "auto":
+            raise ConfigError("--device is for a run folder; an exported one takes --provider.")
         _bench_folder(run, batch_size or [1, 32], rounds, threads, provider or ["CPUExecutionProvider"])
         return
     if provider:

@@ -271,10 +271,10 @@ class Run:
         """
         val = self.trace("val")
         policy = calibrate(val, original=None if original is None else original.trace("val"), **demand)
-        write_json(self.folder / "policy.json", policy.to_dict())
         decisions = replay(val, policy)
         asked = demand if original is None else {**demand, "original": str(original.folder)}
         self.write_result("calibration", decisions, policy=policy.to_dict(), demand=asked)
+        write_json(self.folder / "policy.json", policy.to_dict())
         return decisions
 
     def policy(self) -> ExitPolicy:

@@ -23,7 +23,7 @@ from PIL import Image
 from shallowdeep.errors import ConfigError, DataError, MissingExtra
 from shallowdeep.explore import app as app_module
 from shallowdeep.explore.app import Desk
-from shallowdeep.explore.evolution import Answered
+from shallowdeep.explore.evolution import Answered, Looked
 from shallowdeep.explore.guard import is_open, names_of
 from shallowdeep.explore.page import render
 from shallowdeep.explore.server import address_of, listen, serve
@@ -141,7 +141,7 @@ def test_fifty_megabytes_are_refused(address):
     status, words = error_of(ask(address, "/evolve", "POST", b"\x89PNG\r\n\x1a\n" + bytes(50_000_000)))
     assert status == 413
     assert words == (
-        "The file is larger than 10 MB, so it was not read. Choose a smaller one, or start with a larger --max-upload."
+        "The file is larger than 10 MB, so it is not used. Choose a smaller one, or start with a larger --max-upload."
     )
     assert events_of(ask(address, "/evolve", "POST", png()))[-1] == {"event": "done"}
 
@@ -196,6 +196,7 @@ def test_other_sites_are_not_answered(address):
     own = address.rstrip("/")
     assert error_of(ask(address, "/evolve?sample=1", "POST", Origin="http://evil.example"))[0] == 403
     assert error_of(ask(address, "/samples", Origin="null"))[0] == 403
+    assert error_of(ask(address, "/samples", Origin="http://["))[0] == 403
     assert ask(address, "/samples", Origin=own)[0] == 200
     assert error_of(ask(address, "/samples", "OPTIONS", Origin=own))[0] == 405
 
@@ -278,6 +279,31 @@ def test_nobody_reads_on(setting, serve_page, monkeypatch):
     assert len(events_of(ask(address, "/evolve", "POST", png()))) == 2
 
 
+def test_who_does_not_read_keeps_nobody_waiting(setting, serve_page, monkeypatch):
+    large = Looked(0, "x" * 2_000_000)
+    monkeypatch.setattr(app_module, "evolve", lambda *_: (large for _ in range(8)))
+    address = serve_page(setting)
+    host, port = address[7:-1].split(":")
+    with socket.socket() as idle:
+        idle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        idle.connect((host, int(port)))
+        idle.sendall(b"POST /evolve?sample=%d HTTP/1.1\r\nHost: localhost\r\n\r\n" % int(setting.test.ids[0]))
+        assert idle.recv(15) == b"HTTP/1.1 200 OK"
+        monkeypatch.setattr(app_module, "evolve", lambda *_: (event for event in [ANSWER]))
+        assert len(events_of(ask(address, "/evolve", "POST", png()))) == 2
+
+
+def test_an_upload_that_breaks_off_is_nothing_to_speak_of(setting, serve_page, capfd):
+    address = serve_page(setting)
+    host, port = address[7:-1].split(":")
+    with socket.create_connection((host, int(port))) as torn:
+        torn.sendall(b"POST /evolve HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nabc")
+        time.sleep(0.2)
+    assert ask(address)[0] == 200
+    time.sleep(0.2)
+    assert "ClientDisconnect" not in capfd.readouterr().err
+
+
 def test_what_goes_wrong_on_the_way_is_told(setting, serve_page, monkeypatch):
     def failing(*args):
         yield ANSWER
@@ -304,6 +330,9 @@ def test_a_port_in_use_is_one_line(digits, shell):
         ("127.0.0.1", 70000, "no port 70000"),
         ("no such host", 0, "cannot listen on no such host"),
         ("203.0.113.9", 0, "cannot listen on 203.0.113.9"),
+        ("", 0, "no host to listen on"),
+        ("\0", 0, "cannot listen on"),
+        ("ü" * 70, 0, "cannot listen on"),
     ],
 )
 def test_where_one_cannot_listen(host, port, words):

@@ -288,7 +288,7 @@ def test_the_number_of_threads_and_the_versions_are_part_of_the_case(sdn, images
     keys = {task.key(), task.key()}
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     keys.add(task.key())
-    monkeypatch.setattr(tuning_task, "_version", lambda package: "0.0")
+    monkeypatch.setattr(tuning_task, "version_of", lambda package: "0.0")
     assert len(keys | {task.key()}) == 3
 
 

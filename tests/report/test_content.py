@@ -59,6 +59,8 @@ def test_a_threshold_says_where_it_comes_from(make_run):
         "shallowdeep calibrate run --max-cost 0.6", "shallowdeep replay run",
     )  # fmt: skip
     write_json(run.folder / "policy.json", Confidence(0.123).to_dict())
+    anew = "# run/policy.json as above, or chosen anew: shallowdeep calibrate run …"
+    assert only(run).origins.commands[-2] == anew
     assert "changed after the last calibration" in only(run).early.start.source
 
 
@@ -189,3 +191,20 @@ def test_no_two_texts_of_the_drawing_overlap(depths):
     assert rows[0] >= 0
     assert rows[-1] + ROW <= drawing.height
     assert [branch.leaves_at for branch in drawing.branches] == sorted(branch.leaves_at for branch in drawing.branches)
+
+
+@pytest.mark.parametrize(
+    ("training", "place"),
+    [
+        ("shallowdeep fit --out runs/a --resume", "runs/a"),
+        ("shallowdeep fit --out 'my runs/a'", "'my runs/a'"),
+        ("shallowdeep fit --out=runs/b --seed 1", "runs/b"),
+        ("shallowdeep demo --out runs/demo --resume", "here"),
+        ("shallowdeep study paper --out docs/page.md", "here"),
+        ("shallowdeep fit --out 'torn", "here"),
+    ],
+)
+def test_commands_go_on_with_the_folder_that_was_trained(make_run, training, place):
+    run = make_run("here")
+    write_json(run.folder / "environment.json", {"command": training, "data_md5": {}})
+    assert only(run).origins.commands == (training, f"shallowdeep record {place}", f"shallowdeep analyze {place}")

@@ -2,6 +2,7 @@
 
 import sys
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from itertools import pairwise
 
 import matplotlib
@@ -13,7 +14,7 @@ from shallowdeep.report.content import make_page
 from shallowdeep.report.figures import write_figures
 from shallowdeep.report.plots.images import draw_galleries
 from shallowdeep.report.plots.page import make_plots
-from shallowdeep.report.plots.paper import draw_plot, palette
+from shallowdeep.report.plots.paper import draw_plot, palette, styled
 
 DIAGRAMS = ("curve", "leaving", "exits", "flows", "histogram", "roc", "risk")
 
@@ -123,6 +124,21 @@ def test_destroyed_images_stand_above_where_exits_looked(digits):
     assert titles[:columns] == [picture.label for picture in pictures[:columns]]
     assert titles[columns : 2 * columns] == [first.answer for first, _ in views]
     assert titles[2 * columns :] == [last.answer for _, last in views]
+
+
+def test_names_are_no_formulas(make_run, tmp_path):
+    page = make_page([make_run("$a$")], galleries=False)
+    with styled():
+        figure = draw_plot(make_plots(page)["run0-curve"])
+        figure.axes[0].set_title(r"$\no formula$")
+        figure.savefig(tmp_path / "curve.svg")
+    assert "formula$ -->" in (tmp_path / "curve.svg").read_text(encoding="utf-8")
+
+
+def test_a_network_that_is_never_right_has_no_images_to_show(digits):
+    chapter = make_page([digits["joint"]]).chapters[0]
+    none = tuple(tuple(replace(gallery, pictures=()) for gallery in part) for part in chapter.early.galleries)
+    assert draw_galleries(replace(chapter, early=replace(chapter.early, galleries=none))) == {}
 
 
 def test_without_images_there_are_diagrams_alone(make_run, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +16,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from jaxtyping import UInt8
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from torch import Tensor
 
 from shallowdeep.errors import DataError, ShallowDeepError
@@ -82,16 +83,35 @@ class Desk:
 
     async def lines(self, events: Iterator[Event]) -> AsyncIterator[bytes]:
         """Events as lines of JSON, each as soon as it is there; the last one says that nothing is missing."""
-        async with self.turn:
-            try:
-                async for event in iterate_in_threadpool(events):
-                    yield _line(as_json(event))
-                yield _line({"event": "done"})
-            except ShallowDeepError as error:
-                yield _line({"event": "failed", "error": str(error)})
-            finally:
-                with anyio.CancelScope(shield=True):  # nobody reads on: the network stops at its next exit
-                    await run_in_threadpool(events.close)  # pyright: ignore[reportAttributeAccessIssue]
+        told: asyncio.Queue[bytes | None] = asyncio.Queue()
+        wanted = anyio.CancelScope()
+        work = asyncio.create_task(self._work(events, told.put_nowait, wanted))
+        try:
+            while (line := await told.get()) is not None:
+                yield line
+        finally:
+            wanted.cancel()  # nobody reads on: the network stops at its next exit
+            with anyio.CancelScope(shield=True):
+                await work
+
+    async def _work(
+        self, events: Iterator[Event], tell: Callable[[bytes | None], None], wanted: anyio.CancelScope
+    ) -> None:
+        """Work events off in one's turn, however slowly they are read; then tell that there are no more."""
+        try:
+            with wanted:
+                async with self.turn:
+                    try:
+                        async for event in iterate_in_threadpool(events):
+                            tell(_line(as_json(event)))
+                        tell(_line({"event": "done"}))
+                    except ShallowDeepError as error:
+                        tell(_line({"event": "failed", "error": str(error)}))
+                    finally:
+                        with anyio.CancelScope(shield=True):
+                            await run_in_threadpool(events.close)  # pyright: ignore[reportAttributeAccessIssue]
+        finally:
+            tell(None)
 
 
 def make_app(setting: Setting, *, max_upload_mb: float = 10.0, host: str = "127.0.0.1") -> FastAPI:
@@ -130,11 +150,14 @@ def make_app(setting: Setting, *, max_upload_mb: float = 10.0, host: str = "127.
         return setting.shelf.show(group, start, count)
 
     @app.post("/evolve")
-    async def _evolve(request: Request, sample: int | None = None) -> StreamingResponse:
+    async def _evolve(request: Request, sample: int | None = None) -> Response:
         if sample is not None:
             pixels, words, label = await run_in_threadpool(desk.open_sample, sample)
         else:
-            content, label = await desk.read(request), None
+            try:
+                content, label = await desk.read(request), None
+            except ClientDisconnect:  # another image was chosen before this one was sent
+                return Response(status_code=400)
             async with desk.turn:  # one large image in memory, not many
                 pixels, words = await run_in_threadpool(desk.open_upload, content)
         events = evolve(setting, pixels, words, label)

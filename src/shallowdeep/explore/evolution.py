@@ -24,6 +24,8 @@ from shallowdeep.report.missing import Missing
 from shallowdeep.report.saliency import tinted
 from shallowdeep.traces.trace import Trace
 
+SHOWN = 512
+"""Pixels of an image's longer side, at most."""
 KEPT = 100
 """Classes of which an exit's score is told, the most likely ones."""
 
@@ -139,7 +141,7 @@ def evolve(
         The image; each exit's answer as it is computed; the run's own policy, where that is no threshold; confusion,
         where there are internal exits; then what each exit looked at.
     """
-    yield Begun(png_url(pixels), words, label)
+    yield Begun(png_url(pixels, SHOWN), words, label)
     inputs = setting.preparation.inputs(pixels)
     scores: list[Float[Tensor, "1 outputs"]] = []
     begin = time.perf_counter()
@@ -182,6 +184,6 @@ def _confused(setting: Setting, trace: Trace, scores: list[Tensor]) -> Confused:
 def _looked(setting: Setting, pixels: Tensor, inputs: Tensor, exit: int) -> Looked:
     try:
         map = gradcam(setting.sdn, inputs, exit=exit).maps[0]
-        return Looked(exit, png_url(tinted(pixels, map)))
+        return Looked(exit, png_url(tinted(pixels, map), SHOWN))
     except ShallowDeepError as error:
         return Looked(exit, None, str(error))

@@ -46,7 +46,7 @@ class Guard:
         why = None
         if not self._known(host):
             why = f"This server is not called '{host[:80]}'. Open the address that it printed when it started."
-        elif origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        elif origin is not None and _site(origin) != host.lower():
             why = "Only this server's own page may ask. Open the address that it printed when it started."
 
         async def send_with_headers(message: Message) -> None:
@@ -64,6 +64,14 @@ class Guard:
         except ValueError:
             return False
         return name in self.names or _is_address(name)
+
+
+def _site(origin: str) -> str:
+    """Host and port of an origin; empty where it is none."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""
 
 
 def names_of(host: str) -> frozenset[str]:

@@ -59,7 +59,12 @@ def serve(
         address = address_of(door)
         say(f"{run.folder} is at {address} (Ctrl-C ends it)")
         config = uvicorn.Config(
-            app, log_level="warning", limit_concurrency=MOST_AT_ONCE, timeout_graceful_shutdown=2, server_header=False
+            app,
+            log_level="warning",
+            ws="none",
+            limit_concurrency=MOST_AT_ONCE,
+            timeout_graceful_shutdown=2,
+            server_header=False,
         )
         if open_browser:
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()  # some wait for an answer
@@ -77,13 +82,16 @@ def listen(host: str, port: int) -> socket.socket:
     """
     if not 0 <= port <= 65535:
         raise ConfigError(f"no port {port}: ports are 0 (any free one) to 65535.")
+    if not host:
+        raise ConfigError("no host to listen on. Take --host 127.0.0.1, or 0.0.0.0 for everybody.")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
+        socket.getaddrinfo(host, port, family)  # refuses names that no host can have before a socket is there
         return socket.create_server((host, port), family=family, backlog=128)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
+    except (OSError, TypeError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
             raise ConfigError(f"port {port} on {host} is in use. Choose another: --port 0") from None
-        why = error.strerror or error
+        why = getattr(error, "strerror", None) or error
         raise ConfigError(
             f"cannot listen on {host}, port {port} ({why}). Choose others: --host 127.0.0.1 --port 0"
         ) from None

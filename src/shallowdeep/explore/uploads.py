@@ -35,7 +35,7 @@ class Refused(DataError):
 def too_large(most_mb: float) -> Refused:
     """What is said of a file beyond the limit, by the page before it is sent and by the server."""
     return Refused(
-        f"The file is larger than {most_mb:g} MB, so it was not read. "
+        f"The file is larger than {most_mb:g} MB, so it is not used. "
         "Choose a smaller one, or start with a larger --max-upload.",
         413,
     )

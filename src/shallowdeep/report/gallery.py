@@ -143,15 +143,19 @@ def _picture(row: int, trace: Trace, pixels: UInt8[Tensor, "c h w"], names: tupl
     )
 
 
-def png_url(pixels: UInt8[Tensor, "c h w"]) -> str:
-    """An image as a PNG data URI, no side longer than 96 pixels.
+def png_url(pixels: UInt8[Tensor, "c h w"], most: int = LARGEST_SIDE) -> str:
+    """An image as a PNG data URI.
+
+    Args:
+        pixels: the image, grey or in colours.
+        most: pixels of its longer side; a larger image is made smaller.
 
     Raises:
         MissingExtra: pillow is not installed.
     """
     array = pixels.permute(1, 2, 0).cpu().numpy()
     image = require("PIL.Image", extra="data").fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
-    image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+    image.thumbnail((most, most))
     file = io.BytesIO()
     image.save(file, format="PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"

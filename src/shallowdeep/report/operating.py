@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from shallowdeep.storage import read_json
 from shallowdeep.traces.trace import Trace
 
 BUDGET = 0.5
+OPTIONS = {"max_cost", "max_accuracy_drop", "min_agreement", "reference", "original", "rule", "answer"}
+"""Of ``shallowdeep calibrate``."""
 NOBODY = 1.01
 """A threshold above every confidence: nobody leaves early."""
 
@@ -81,14 +84,18 @@ def _of_half(budgets: Budgets) -> float | None:
 
 
 def options_of(calibration: Mapping[str, Any]) -> list[str]:
-    """What a calibration was asked for, as options of the command; none where its file is older than that.
+    """What a calibration was asked for, as options of the command; none where it has no such, or the file is older.
 
     >>> options_of({"demand": {"max_cost": 0.5, "rule": "confidence", "original": None}})
-    ['--max-cost 0.5', '--rule confidence']
+    ['--max-cost', '0.5', '--rule', 'confidence']
+    >>> options_of({"demand": {"max_cost": 0.5, "exits": [0, 1]}})
+    []
     """
     demand = calibration.get("demand")
-    asked = demand.items() if isinstance(demand, Mapping) else ()
-    return [f"--{name.replace('_', '-')} {value}" for name, value in asked if value is not None]
+    asked = {name: value for name, value in demand.items() if value is not None} if isinstance(demand, Mapping) else {}
+    if not asked.keys() <= OPTIONS:
+        return []
+    return [word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def policy_of(run: Run) -> tuple[ExitPolicy | Missing, str]:
@@ -99,6 +106,6 @@ def policy_of(run: Run) -> tuple[ExitPolicy | Missing, str]:
         return policy, "From the run's policy.json; the folder does not say what data chose it."
     calibration = attempt(lambda: read_json(path))
     if isinstance(calibration, dict) and calibration.get("policy") == policy.to_dict():
-        demand = " ".join(options_of(calibration))
+        demand = shlex.join(options_of(calibration))
         return policy, f"The run's own policy, chosen on validation data{f' ({demand})' if demand else ''}."
     return policy, "From the run's policy.json, which was changed after the last calibration."

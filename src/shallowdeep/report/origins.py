@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -85,22 +86,34 @@ def _fingerprints(found: Any) -> list[tuple[str, str, str]]:
 
 
 def _commands(run: Run, training: Any, *, has_policy: bool) -> tuple[str, ...]:
+    name = shlex.quote(_trained_into(run, training))
     commands = [training] if isinstance(training, str) else []
-    name = _trained_into(run, training.split() if commands else [])
     commands += [f"shallowdeep record {name}", f"shallowdeep analyze {name}"]
     if has_policy:
-        calibration = attempt(lambda: read_json(run.folder / "results" / "calibration.json"))
-        options = options_of(calibration) if isinstance(calibration, dict) else []
-        chosen = f"shallowdeep calibrate {name} {' '.join(options) or '…'}"
-        commands += [chosen if options else f"# policy.json as above, or chosen anew: {chosen}"]
+        options = shlex.join(_asked_of_calibration(run))
+        chosen = f"shallowdeep calibrate {name} {options or '…'}"
+        commands += [chosen if options else f"# {name}/policy.json as above, or chosen anew: {chosen}"]
         commands += [f"shallowdeep replay {name}"]
     return (*commands, *_of_benchmark(run))
 
 
-def _trained_into(run: Run, words: Sequence[str]) -> str:
-    """The folder that a command line names, so that those after it go on with that; else the run's own name."""
-    places = [after for word, after in pairwise(words) if word == "--out"]
+def _trained_into(run: Run, training: Any) -> str:
+    """The folder that the command that trained it names, so that those after it go on with that; else the run's own."""
+    try:
+        words = shlex.split(training.replace("--out=", "--out ")) if isinstance(training, str) else []
+    except ValueError:  # a quote without an end
+        words = []
+    places = [after for word, after in pairwise(words) if word == "--out"] if words[1:2] == ["fit"] else []
     return places[-1] if places else run.folder.name
+
+
+def _asked_of_calibration(run: Run) -> list[str]:
+    """Options of the calibration that chose the run's policy; none where another way chose it."""
+    calibration = attempt(lambda: read_json(run.folder / "results" / "calibration.json"))
+    policy = attempt(lambda: read_json(run.folder / "policy.json"))
+    if not isinstance(calibration, dict) or calibration.get("policy") != policy:
+        return []
+    return options_of(calibration)
 
 
 def _of_benchmark(run: Run) -> list[str]:

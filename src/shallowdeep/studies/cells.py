@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from filelock import FileLock, Timeout
 
 from shallowdeep.config import RunConfig
@@ -147,6 +148,8 @@ def run_cell(cell: Cell, place: Place, *, progress: bool = True) -> CellResult:
         if state.word not in ("begun", "missing"):
             raise ConfigError(state.note)
         run = Run(place.run_of(cell), place.config_of(cell))
+        if place.compile:
+            torch.compiler.reset()  # it remembers eight networks of one class, and runs a ninth one uncompiled
         sdn = run.fit(resume=True, progress=progress)
         traces = run.record(progress=progress)
         result = measure(

@@ -51,7 +51,7 @@ def _options_of(result: CellResult) -> tuple[str, ...]:
     threads, passes, usual = (
         result.config.threads or 1,
         result.config.features.passes,
-        PASSES[result.config.recipe.name],
+        PASSES.get(result.config.recipe.name, 0),
     )
     return (
         *(() if threads == 1 else (f"--threads {threads}",)),

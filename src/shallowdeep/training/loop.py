@@ -248,7 +248,6 @@ class _Run:
         if not self.compile:
             return network
         check_compiler(device, "compile=True", "leave compile out")
-        torch.compiler.reset()  # it remembers eight networks of one class, and runs a ninth one uncompiled
         return torch.compile(network)
 
     def _epoch(self, stage: _Stage, number: int, epoch: int, line: Bar, odd: list[str]) -> dict[str, Any]:

@@ -73,5 +73,5 @@ def _in_rgb(image: Any) -> Any:
         raise ValueError("its pixels are floating-point numbers, whose range is not known")
     if image.mode.startswith("I"):  # Pillow would cut 16 bits off at 255, and leave most of them white
         pillow = require("PIL.Image", extra="data")
-        image = pillow.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        image = pillow.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")

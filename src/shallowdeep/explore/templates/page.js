@@ -254,11 +254,15 @@
     showAll();
   }
 
-  async function read(response) {
+  // The server's own sentence; where there are too many visitors, it has none.
+  const reason = (response) => response.json().then(({ error }) => error, () => "The server is busy. Try again in a moment.");
+
+  async function read(response, signal) {
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "";
     for (;;) {
       const { value, done } = await reader.read().catch(() => ({ done: true })); // the connection broke
+      if (signal.aborted) return; // another image was chosen meanwhile
       if (done) break;
       const whole = (rest + value).split("\n");
       rest = whole.pop();
@@ -294,8 +298,8 @@
         if (mine.signal.aborted) throw error;
         throw new Error("The server does not answer, or the file cannot be read. Is shallowdeep explore still running?");
       }
-      if (!response.ok) throw new Error((await response.json()).error);
-      await read(response);
+      if (!response.ok) throw new Error(await reason(response));
+      await read(response, mine.signal);
     } catch (error) {
       if (mine.signal.aborted) return;
       complain(error.message);
@@ -335,16 +339,16 @@
   }
 
   // --- test images -------------------------------------------------------------------------------------------------
-  let start = 0;
+  let start = 0, asked = 0;
   async function browse(from) {
-    const group = one("group").value;
+    const group = one("group").value, mine = ++asked;
     const response = await fetch(`/samples?${new URLSearchParams({ group, start: from, count: PER_PAGE })}`).catch(() => null);
     if (response === null || !response.ok) {
-      complain(response === null ? "The server does not answer. Is shallowdeep explore still running?" : (await response.json()).error);
+      complain(response === null ? "The server does not answer. Is shallowdeep explore still running?" : await reason(response));
       return;
     }
     const { total, samples } = await response.json();
-    if (group !== one("group").value) return; // another one was chosen meanwhile
+    if (mine !== asked) return; // another page was asked for meanwhile
     start = from;
     one("shelf").replaceChildren(...samples.map(({ id, label, image }) => {
       const item = document.createElement("li"), button = document.createElement("button"), picture = document.createElement("img");

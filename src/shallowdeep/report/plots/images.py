@@ -31,8 +31,9 @@ def draw_galleries(chapter: Chapter) -> dict[str, Any]:
         return {}
     simple, lost = chapter.early.galleries
     views = {} if isinstance(chapter.early.saliency, Missing) else chapter.early.saliency
-    figures = {"images": _by_exit([gallery for gallery in simple if gallery.pictures])}
+    shown = [gallery for gallery in simple if gallery.pictures]
     pictures = [picture for gallery in lost for picture in gallery.pictures][:COLUMNS]
+    figures = {"images": _by_exit(shown)} if shown else {}
     return figures | ({"destroyed": _destroyed(pictures, views)} if pictures else {})
 
 

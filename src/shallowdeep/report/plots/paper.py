@@ -24,6 +24,7 @@ STYLE = {
     "grid.linewidth": 0.4,
     "hatch.linewidth": 0.5,
     "legend.frameon": False,
+    "text.parse_math": False,  # names of classes and runs are no formulas
     "legend.fontsize": FONT - 1,
     "pdf.fonttype": 42,  # letters stay letters: journals refuse the other kind
     "svg.hashsalt": "shallowdeep",  # the same figure, the same file
