@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from shallowdeep.console import assignments, numbers, options, show
 from shallowdeep.errors import ConfigError, ShallowDeepError
 
 app = typer.Typer(
@@ -55,12 +55,12 @@ def probe(
     if network is None:
         typer.echo("\n".join(networks()))
         return
-    net = load_network(network, num_classes=num_classes, image_size=image_size, **_options(set_ or []))
+    net = load_network(network, num_classes=num_classes, image_size=image_size, **options(set_ or []))
     example = example_inputs_for(net)
     sdn = attach(net, example, shares=tuple(shares or SHARES))
     total = sdn.costs.backbone_flops[-1]
     sites = probe(net, example, split_over=0.0 if everywhere else 0.1)
-    _show(
+    show(
         f"{network}: {total / 1e6:.1f} MFLOPs, {sdn.costs.backbone_params[-1] / 1e6:.3f} M parameters",
         [
             {
@@ -73,7 +73,7 @@ def probe(
             for site in sites
         ],
     )
-    _show("Exits", _placements(sdn))
+    show("Exits", _placements(sdn))
 
 
 @app.command()
@@ -109,7 +109,7 @@ def fit(
         "recipe.epochs": epochs, "seed": seed, "threads": threads, "init": init, "device": device,
         "devices": devices, "num_nodes": num_nodes,
     }  # fmt: skip
-    changes = {key: value for key, value in named.items() if value is not None} | _assignments(set_ or [])
+    changes = {key: value for key, value in named.items() if value is not None} | assignments(set_ or [])
     if resume and config is None and not changes:
         run = Run.open(out)
     else:
@@ -118,7 +118,7 @@ def fit(
     if not is_first():
         return
     if sdn.exits:
-        _show("Exits", _placements(sdn))
+        show("Exits", _placements(sdn))
     typer.echo(f"Trained: {run.weights}\nNext: shallowdeep record {out}")
 
 
@@ -151,7 +151,7 @@ def analyze(
             Trace.load(source), *(None if path is None else Trace.load(path) for path in (val, train))
         )
     for name, result in found.items():
-        _show(name.capitalize(), result.rows())
+        show(name.capitalize(), result.rows())
         typer.echo(f"{result}\n")
 
 
@@ -192,7 +192,7 @@ def replay(
     from shallowdeep.runs import Run
 
     decisions = Run.open(run).replay(split)
-    _show(f"Policy on {split}", decisions.rows())
+    show(f"Policy on {split}", decisions.rows())
     typer.echo(str(decisions))
 
 
@@ -263,10 +263,10 @@ def bench(
     )
     measured_on = {**describe_environment(data, report.device), "threads": report.threads}
     chosen.write_result("bench", report, split="test", measured_on=measured_on)
-    _show("Early exits against the same network without them: median of the rounds (their middle half)", report.rows())
-    _show("Against the stages' own times, and the replay's answers", report.bound_rows())
+    show("Early exits against the same network without them: median of the rounds (their middle half)", report.rows())
+    show("Against the stages' own times, and the replay's answers", report.bound_rows())
     if rows := report.static_rows():
-        _show("Smaller networks without exits", rows)
+        show("Smaller networks without exits", rows)
     typer.echo(str(report))
     try:
         report.plot(chosen.folder / "results" / "bench.png")
@@ -346,12 +346,12 @@ def paper(
     if table:
         typer.echo(f"{write_page(results, out, backdoor or [])} cells are in {out}")
     cells = paper_cells(
-        data=data or DATA, networks=network or NETWORKS, recipes=recipe or ("fast",), seeds=_seeds(seeds),
+        data=data or DATA, networks=network or NETWORKS, recipes=recipe or ("fast",), seeds=numbers(seeds),
         epochs=epochs, threads=threads, passes=passes,
     )  # fmt: skip
     chosen, place = select(cells, only or []), Place(runs, results, data_dir, device, compile)
     if list_:
-        _show(f"{len(chosen)} cells", list_cells(chosen, place))
+        show(f"{len(chosen)} cells", list_cells(chosen, place))
     if list_ or table:
         return
     found = run_cells(chosen, place, jobs=jobs, say=typer.echo)
@@ -361,13 +361,6 @@ def paper(
         typer.echo(f"error: {one.cell}: {one.message}", err=True)
     if failed:
         raise typer.Exit(2)
-
-
-def _seeds(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--seeds takes numbers with commas between them, e.g. 0,1,2; got '{text}'.") from None
 
 
 def _bench_folder(folder: Path, batch_sizes: list[int], rounds: int, threads: int | None, providers: list[str]) -> None:
@@ -405,42 +398,6 @@ def _placements(sdn: Any) -> list[dict[str, Any]]:
         {"exit": i, "tap": p.site.name, "asked": p.asked, "got": p.got, "cost with exits": cost}
         for i, (p, cost) in enumerate(zip(sdn.placements, sdn.costs.relative().tolist(), strict=False))
     ]
-
-
-def _show(title: str, rows: Sequence[dict[str, Any]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for name, value in rows[0].items():
-        table.add_column(name, justify="left" if isinstance(value, str) else "right")
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
-    console.print(table)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def _assignments(texts: Sequence[str]) -> dict[str, str]:
-    pairs = [text.partition("=") for text in texts]
-    for key, sign, _ in pairs:
-        if not sign:
-            raise ConfigError(f"--set takes key=value, got '{key}'.")
-    return {key: value for key, _, value in pairs}
-
-
-def _options(texts: Sequence[str]) -> dict[str, Any]:
-    from shallowdeep.config import parse_value
-
-    return {key: parse_value(value) for key, value in _assignments(texts).items()}
 
 
 def main() -> None:

@@ -112,10 +112,20 @@ def test_events_name_themselves(setting):
 
 
 def test_who_stops_listening_stops_the_network(setting):
+    go_on, at_the_end = threading.Event(), []
+
+    def waiting(*_):
+        assert go_on.wait(20)
+
+    hooks = [
+        setting.sdn.exits[1].register_forward_pre_hook(waiting),
+        setting.sdn.backbone[-1].register_forward_hook(lambda *_: at_the_end.append(True)),
+    ]
     events = evolve(setting, setting.preparation.blank)
-    next(events)
-    next(events)
-    threads = threading.active_count()
+    assert [type(next(events)) for _ in range(2)] == [Begun, Answered]
+    threading.Timer(0.3, go_on.set).start()  # when nobody listens any more
     events.close()
-    assert threading.active_count() < threads
+    for hook in hooks:
+        hook.remove()
+    assert at_the_end == []
     assert isinstance(next(evolve(setting, setting.preparation.blank)), Begun)

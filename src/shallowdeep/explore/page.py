@@ -6,12 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shallowdeep.errors import require
 from shallowdeep.explore.setting import Setting, Usual
 from shallowdeep.policies.rules import exits_of
 from shallowdeep.report.html import TEMPLATES as REPORT
+from shallowdeep.report.html import templates_in
 from shallowdeep.report.missing import Missing
-from shallowdeep.report.words import percent
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -27,26 +26,20 @@ def render(setting: Setting, *, too_large: str, max_upload_mb: float) -> str:
     Raises:
         MissingExtra: jinja2 is not installed.
     """
-    jinja2 = require("jinja2", extra="explore")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    environment.filters |= {"percent": percent}
     shelf = setting.shelf
     groups = [] if isinstance(shelf, Missing) else [group for group in shelf.groups if group.ids]
-    return environment.get_template("page.html.j2").render(
-        setting=setting,
-        name=setting.run.folder.resolve().name,
-        config=setting.run.config,
-        threshold=float(setting.slider.threshold),
-        groups=groups,
-        max_upload_mb=f"{max_upload_mb:g}",
-        data={**_data(setting), "most_bytes": int(1e6 * max_upload_mb), "too_large": too_large},
+    return (
+        templates_in(TEMPLATES, extra="explore")
+        .get_template("page.html.j2")
+        .render(
+            setting=setting,
+            name=setting.run.folder.resolve().name,
+            config=setting.run.config,
+            threshold=float(setting.slider.threshold),
+            groups=groups,
+            max_upload_mb=f"{max_upload_mb:g}",
+            data={**_data(setting), "most_bytes": int(1e6 * max_upload_mb), "too_large": too_large},
+        )
     )
 
 

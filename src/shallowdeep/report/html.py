@@ -61,7 +61,7 @@ def write_report(runs: Sequence[Run], out: str | os.PathLike[str], *, galleries:
     path = Path(out)
     if path.is_dir():
         raise ConfigError(f"{path} is a folder. Name the file to write, e.g. {path / 'report.html'}.")
-    template = _template("page.html.j2")
+    template = templates_in(TEMPLATES).get_template("page.html.j2")
     library = require("plotly.offline", extra="report").get_plotlyjs()
     page = make_page(runs, galleries=galleries)
     text = render(page, template, library, command=_command(runs, path))
@@ -104,10 +104,19 @@ def _data(page: Page) -> dict[str, Any]:
     }
 
 
-def _template(name: str) -> Any:
-    jinja2 = require("jinja2", extra="report")
+def templates_in(folder: Path, *, extra: str = "report") -> Any:
+    """A jinja2 environment over a folder of templates: what is put in is text, never markup.
+
+    Args:
+        folder: of the templates.
+        extra: of this package, that brings jinja2.
+
+    Raises:
+        MissingExtra: jinja2 is not installed.
+    """
+    jinja2 = require("jinja2", extra=extra)
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
+        loader=jinja2.FileSystemLoader(folder),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -116,7 +125,7 @@ def _template(name: str) -> Any:
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     environment.filters |= {"percent": percent, "count": count, "signed": signed, "points": points, "verdict": verdict}
     environment.tests["missing"] = lambda value: isinstance(value, Missing)
-    return environment.get_template(name)
+    return environment
 
 
 def _command(runs: Sequence[Run], out: Path) -> str:
