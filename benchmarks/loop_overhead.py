@@ -30,7 +30,8 @@ from shallowdeep.data.sources import load_data
 from shallowdeep.networks.attach import attach
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.networks.zoo import load_network
-from shallowdeep.training.loop import computes_in_bf16, fit
+from shallowdeep.training.loop import fit
+from shallowdeep.training.place import computes_in_bf16
 from shallowdeep.training.recipes import Recipe, named_recipe
 from shallowdeep.training.strategies import named_strategy
 
