@@ -35,18 +35,29 @@ def test_there_are_blocks():
     assert len(BLOCKS) >= 2
 
 
-def test_commands_and_their_options_exist():
-    readme = PAGES[0].read_text()
+COMMANDS = {
+    page: re.findall(r"\bshallowdeep ((?:study )?[a-z]+)\b([^#\n&|]*)", "\n".join(blocks).replace("\\\n", " "))
+    for page in [*PAGES, ROOT / "results" / "README.md"]
+    if (blocks := re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL))
+}
+
+
+def test_readme_goes_through_all_of_the_chain():
+    assert {command for command, _ in COMMANDS[ROOT / "README.md"]} >= {
+        "probe", "fit", "record", "analyze", "calibrate", "replay",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("page", COMMANDS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_and_their_options_exist(page):
     known = {
         f"{before}{command.callback.__name__}": [o for p in _parameters(command) for o in p]
         for before, group in {"": app, "study ": study_app}.items()
         for command in group.registered_commands
     }
-    used = re.findall(r"^shallowdeep ((?:study )?\w+)([^#\n]*)", readme, re.MULTILINE)
-    assert {command for command, _ in used} >= {"probe", "fit", "record", "analyze", "calibrate", "replay"}
-    for command, rest in used:
+    for command, rest in COMMANDS[page]:
         assert command in known
-        unknown = set(re.findall(r"--[\w-]+", rest)) - set(known[command])
+        unknown = set(re.findall(r"(?<!\S)--[\w-]+", rest)) - set(known[command]) - {"--help"}
         assert not unknown, f"{command} has no {unknown}"
 
 
