@@ -11,7 +11,7 @@ from shallowdeep.analysis.confusion import Confusion
 from shallowdeep.analysis.overthinking import Overthinking
 from shallowdeep.config import RecipeChoice, RunConfig
 from shallowdeep.studies.cells import Cell, Place
-from shallowdeep.studies.paper import PASSES, paper_cells
+from shallowdeep.studies.paper import PASSES, Matrix
 from shallowdeep.studies.results import CellResult, Provenance, Start
 from shallowdeep.studies.side_by_side import run_cells
 from shallowdeep.training.features import FeatureReuse
@@ -34,7 +34,7 @@ STARTED = Start(
 def small_cells(epochs: int = 1) -> list[Cell]:
     """The four cells of a network on digits, each trained in a second."""
     found: dict[str, Cell] = {}
-    for cell in paper_cells(data=["digits"], networks=["resnet20"], epochs=epochs):
+    for cell in Matrix(data=["digits"], networks=["resnet20"], epochs=epochs).cells():
         init = None if cell.init is None else found[cell.init.name]
         rate = {} if cell.strategy == "ic_only" else {"lr": 0.02}
         recipe = cell.config.recipe.model_copy(update={"batch_size": 16, **rate})

@@ -7,6 +7,7 @@ from shallowdeep.studies import claims
 from shallowdeep.studies.claims import judge, saved_at_plain_accuracy
 from shallowdeep.studies.evidence import spread_over_seeds
 from shallowdeep.studies.results import BackdoorResult
+from shallowdeep.studies.tasks import title_of
 
 CHEAP, HALF, DEAR = (0.72, 0.71, 0.3), (0.71, 0.705, 0.49), (0.70, 0.70, 0.9)
 
@@ -46,7 +47,9 @@ def test_savings(make_result, claim, strategy, data, bound):
         f"Saved are {100 * bound + 15:.1f} % on average ({100 * bound + 10:.1f} % to {100 * bound + 20:.1f} %)" in found
     )
     assert "at +0.00 points from the plain accuracy" in found
-    assert "n = 2 runs on 10,000 test images, ±7.07 points between seeds" in found
+    assert f"n = 2 runs of VGG-16 on {title_of(data)}, 10,000 test images, ±7.07 points between seeds." in found
+    others = {"cifar10": " Not tested on CIFAR-100.", "cifar100": " Not tested on CIFAR-10 and Tiny ImageNet."}
+    assert found.endswith(others.get(data, "between seeds."))
 
 
 def test_saving_is_chosen_on_validation(make_result):
@@ -88,7 +91,7 @@ def test_accuracy_gained(make_result):
         [make_result(data="cifar10"), joint(0.9, data="cifar10")],  # no published counterpart to beat
     ) == ["not tested yet", "held", "beaten", "not held", "held"]
     found = claims.accuracy_gained([plain, joint(0.71)]).found
-    assert "The gain is +1.00 points; n = 1 run on 10,000 test images, one seed each." in found
+    assert "The gain is +1.00 points; n = 1 run of VGG-16 on CIFAR-100, 10,000 test images, one seed." in found
     assert "In the 1 run with a published counterpart it is +1.00 points, published are +3.50 points" in found
 
 
@@ -99,8 +102,10 @@ def test_gain_up_to(make_result):
         "not tested yet", "not held", "held", "beaten",
     ]  # fmt: skip
     assert (
-        "+2.9 % of the plain accuracy (cifar100/vgg16/ic_only-fast-seed0)" in claims.gain_up_to([plain, runs[0]]).found
+        "+2.86 % of the plain accuracy (cifar100/vgg16/ic_only-fast-seed0)" in claims.gain_up_to([plain, runs[0]]).found
     )
+    loss = make_result("ic_only", within={None: (0.6998, 0.8)})
+    assert "The largest is −0.03 % of the plain accuracy" in claims.gain_up_to([plain, loss]).found
 
 
 def test_joint_training_harmless(make_result):
@@ -116,16 +121,70 @@ def test_wasteful_on_most(make_result):
     def run(share, data="cifar100", seed=0):
         return make_result("joint", data=data, seed=seed, wasteful=share)
 
+    def on_cifar100(results):
+        return claims.wasteful_on_most(results, "cifar100")
+
     assert verdicts(
-        claims.wasteful_on_most,
+        on_cifar100,
         [make_result()],
         [run(0.5), run(0.77, seed=1)],  # the largest counts
         [run(0.75)],
+        [run(0.9, data="cifar10")],  # says nothing of other data
         [run(0.77), run(0.8, data="cifar10")],
-    ) == ["not tested yet", "held", "not held", "not held"]
-    found = claims.wasteful_on_most([run(0.9, data="cifar10"), run(0.77)]).found
-    assert "90.0 % on CIFAR-10, 77.0 % on CIFAR-100" in found
-    assert found.endswith("Not tested on Tiny ImageNet.")
+    ) == ["not tested yet", "held", "not held", "not tested yet", "held"]
+    assert "The largest share is 77.0 %; n = 1 run of VGG-16 on CIFAR-100," in on_cifar100([run(0.77)]).found
+
+
+def test_a_verdict_holds_of_the_data_it_was_tested_on(make_result):
+    run = make_result("ic_only", data="cifar10", wasteful=0.96)
+    words = {verdict.claim: verdict.word for verdict in judge([run]) if "wasteful" in verdict.claim}
+    assert words == {
+        "Computation is wasteful on up to 95 % of the samples of CIFAR-10.": "held",
+        "Computation is wasteful on up to 81 % of the samples of CIFAR-100.": "not tested yet",
+        "Computation is wasteful on up to 69 % of the samples of Tiny ImageNet.": "not tested yet",
+    }
+
+
+def test_thresholds_of_smoothed_networks_test_nothing(make_result):
+    """Neither a run with label smoothing nor one whose plain network has it counts where confidence decides."""
+    for smoothed, other in ((0.1, None), (None, 0.1)):
+        results = [
+            make_result(data=data, label_smoothing=smoothed, **sizes(data))
+            for data in ("cifar10", "cifar100", "tinyimagenet")
+        ]
+        results += [
+            make_result(strategy, data=data, curve=[CHEAP], label_smoothing=other, **sizes(data))
+            for data in ("cifar10", "cifar100", "tinyimagenet")
+            for strategy in ("ic_only", "joint", "mixed")
+        ]
+        found = [*judge(results), *claims.judge_mixed(results)]
+        by_confidence = [
+            verdict.word for verdict in found if "save" in verdict.claim or "gain" in verdict.claim.lower()
+        ]
+        assert by_confidence == ["not tested yet"] * 6
+        assert found[3].word == found[-1].word == "not tested yet"
+        assert "held" in {verdict.word for verdict in found}  # what needs no confidence is judged
+
+
+def test_mixed_training_is_judged_by_itself(make_result):
+    plain = make_result(data="cifar10")
+    joint = make_result("joint", data="cifar10", curve=[(0.7, 0.7, 0.9)])
+    mixed = make_result("mixed", data="cifar10", curve=[(0.7, 0.7, 0.3)], within={None: (0.76, 0.8)})
+    results = [plain, joint, mixed]
+    found = claims.judge_mixed(results)
+    assert [verdict.word for verdict in found] == ["beaten", "not tested yet", "held"]
+    assert "after mixed training" in found[0].claim
+    assert "The gain is +6.00 points; n = 1 run of VGG-16 on CIFAR-10" in found[2].found
+    assert claims.half_saved_on_cifar(results).word == "not held"  # joint training alone
+    assert {verdict.word for verdict in claims.judge_mixed([plain, joint])} == {"not tested yet"}
+    assert claims.judge_mixed([])[2].found == "It takes a mixed run and its plain one."
+    on_cifar100 = [make_result(), make_result("mixed", within={None: (0.9, 0.8)})]
+    assert claims.judge_mixed(on_cifar100)[2].word == "held"  # there is no published gain of it to beat
+
+
+def sizes(data):
+    """Images of a complete training."""
+    return {"n_train": 90_000, "n_val": 10_000} if data == "tinyimagenet" else {}
 
 
 def test_half_of_errors_destructive(make_result):
@@ -192,7 +251,7 @@ def test_incomplete_and_other_data_test_nothing(make_result):
     results = [make_result(**some), make_result("joint", curve=[CHEAP], **some)]
     results += [make_result(data="digits"), make_result("joint", data="digits", curve=[CHEAP])]
     assert {verdict.word for verdict in judge(results)} == {"not tested yet"}
-    assert len(judge(results)) == 10
+    assert len(judge(results)) == 12
 
 
 def test_a_short_training_tests_nothing(make_result):
@@ -212,17 +271,11 @@ def test_a_short_training_tests_nothing(make_result):
 
 def test_every_claim_is_judged_from_whole_results(make_result):
     results = [
-        make_result(strategy, data=data, curve=[CHEAP, HALF, DEAR])
+        make_result(strategy, data=data, curve=[CHEAP, HALF, DEAR], **sizes(data))
         for data in ("cifar10", "cifar100", "tinyimagenet")
         for strategy in ("plain", "ic_only", "joint", "mixed")
     ]
-    results = [replace_sizes(result) for result in results]
     assert "not tested yet" not in {verdict.word for verdict in judge(results, [attacked(0.1, 0.9)])}
-
-
-def replace_sizes(result):
-    sizes = {"n_train": 90_000, "n_val": 10_000} if result.config.data == "tinyimagenet" else {}
-    return result.model_copy(update=sizes)
 
 
 def test_spread_is_between_seeds_alone(make_result):

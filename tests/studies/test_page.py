@@ -75,7 +75,7 @@ def test_every_section_has_its_figures(results):
         assert words[2] in row_of(page, *words[:2]), words
     assert "Choosing on test would have added 1.00 points on average, 1.00 at most." in " ".join(page.split())
     assert "a processor, 1 thread; PyTorch 2.13.0, Python 3.11.7: 8 cells, 1.3 hours of training" in page
-    assert "shallowdeep study paper --only 'cifar100/*' --recipe fast --seeds 0,1" in page
+    assert "shallowdeep study paper --only 'cifar100/resnet56/joint-*'" not in page  # seed 1 of it was not run
     for claim in ("**Held.**", "**Not held.**", "**Not tested yet.**"):
         assert claim in page
 
@@ -142,17 +142,36 @@ def test_prose_and_tables_are_well_formed(results):
         assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
-def test_by_the_command_line_with_a_backdoor(results, shell, tmp_path):
+def attacked(accuracy, with_policy, data="cifar10"):
+    """What ``shallowdeep analyze`` writes of an attacked run."""
+    return {**asdict(effect(accuracy, with_policy)), "config": {"data": data, "seed": 1}}
+
+
+def test_by_the_command_line_with_backdoors(results, shell, tmp_path):
     folder = written(results, tmp_path / "results")
-    values = asdict(effect(0.12, 0.85))
-    (tmp_path / "backdoor.json").write_text(json.dumps({**values, "config": {"data": "cifar10", "seed": 1}}))
-    code, out, errors = shell(
-        "study", "paper", "--table", "--results", folder, "--out", tmp_path / "page.md",
-        "--backdoor", tmp_path / "backdoor.json",
-    )  # fmt: skip
+    write_json(folder / "backdoor" / "seed0.json", attacked(0.12, 0.85))
+    words = ("study", "paper", "--table", "--results", folder, "--out", tmp_path / "page.md")
+    code, out, errors = shell(*words)
     assert code == 0, errors
     assert out == f"8 cells are in {tmp_path / 'page.md'}\n"
-    assert "From 12.0 to 85.0 %" in " ".join((tmp_path / "page.md").read_text().split())
+    page = " ".join((tmp_path / "page.md").read_text().split())
+    assert "From 12.0 to 85.0 % (n = 1 run," in page
+    assert "by `--backdoor`" not in page
+    # One from elsewhere counts as well, and the page says that its command alone would leave that out.
+    write_json(tmp_path / "backdoor.json", attacked(0.22, 0.75))
+    more = ("--backdoor", tmp_path / "backdoor.json", "--backdoor", folder / "backdoor" / "seed0.json")
+    code, _, errors = shell(*words, *more)
+    assert code == 0, errors
+    page = " ".join((tmp_path / "page.md").read_text().split())
+    assert "From 17.0 to 80.0 % (n = 2 runs," in page
+    assert "1 attacked run was given by `--backdoor`" in page
+
+
+def test_a_backdoor_among_the_cells_is_told_its_place(results, tmp_path):
+    folder = written(results, tmp_path / "results")
+    write_json(folder / "cifar10" / "backdoor.json", attacked(0.12, 0.85))
+    with pytest.raises(FileFormatError, match=r"move it to .*results/backdoor\."):
+        write_page(folder, tmp_path / "page.md")
 
 
 def test_damaged_results_make_no_page(results, tmp_path):
@@ -191,7 +210,7 @@ def asked_by(command, shell, monkeypatch):
     return {cell.name: cell for cell in asked}
 
 
-def test_the_commands_make_the_groups_again(make_result, shell, monkeypatch):
+def test_the_commands_run_the_cells_of_the_page_and_no_others(make_result, shell, monkeypatch):
     more = {"recipe": "paper", "epochs": 25, "n_train": 50_000, "n_val": 0, "threads": 4}
     unusual = [make_result(network=network, seed=seed) for network in ("vgg16", "resnet20") for seed in (0, 1)]
     results = [
@@ -201,16 +220,45 @@ def test_the_commands_make_the_groups_again(make_result, shell, monkeypatch):
         make_result("ic_only", data="cifar10", network="resnet56", passes=0),
         make_result("ic_only", data="cifar10", network="mobilenet"),
         *(make_result(strategy, data="digits", **more) for strategy in ("plain", "mixed")),
+        make_result(data="tinyimagenet", seed=3),
+        make_result("joint", data="tinyimagenet", seed=4),
     ]
     for group in groups_of(results, DATA):
         asked = {}
+        assert len(commands_of(group)) == (3 if group.data == "cifar10" else 1)
         for command in commands_of(group):
             assert f"\n{command}\n" in page_of(results)
-            asked |= asked_by(command, shell, monkeypatch)
+            cells = asked_by(command, shell, monkeypatch)
+            assert not asked.keys() & cells.keys()
+            asked |= cells
+        assert asked.keys() == {result.name for result in group.results}
         for result in group.results:
             assert asked[result.name].config.threads == result.config.threads
             assert asked[result.name].config.features == result.config.features
             assert result.config.seed == asked[result.name].config.seed
+
+
+def test_a_pattern_stands_where_it_selects_just_what_was_run(make_result):
+    def commands(*kinds):
+        [group] = groups_of([make_result(s, data="cifar10", network=n, seed=i) for s, n, i in kinds], DATA)
+        return commands_of(group)
+
+    strategies = ("plain", "ic_only", "joint", "mixed")
+    networks = ("vgg16", "resnet56", "wrn32_4", "mobilenet")
+    one = [(strategy, "vgg16", 0) for strategy in strategies]
+    every = [(strategy, network, 0) for strategy in strategies for network in networks]
+    begin = "shallowdeep study paper --only"
+    assert commands(*every) == [f"{begin} 'cifar10/*'"]
+    assert commands(*one) == [f"{begin} 'cifar10/vgg16/*'"]
+    assert commands(*one[:2]) == [f"{begin} 'cifar10/vgg16/ic_only-*' --only 'cifar10/vgg16/plain-*'"]
+    assert commands(("plain", "vgg16", 0), ("plain", "vgg16", 1)) == [f"{begin} 'cifar10/vgg16/plain-*' --seeds 0,1"]
+    exits = [make_result(), make_result("ic_only", passes=0)]
+    assert [commands_of(group) for group in groups_of(exits, DATA)] == [  # the plain network comes first
+        [f"{begin} 'cifar100/vgg16/plain-*'", f"{begin} 'cifar100/vgg16/ic_only-*' --passes 0"]
+    ]
+    assert commands(("plain", "vgg16", 0), ("joint", "vgg16", 1)) == [
+        f"{begin} cifar10/vgg16/joint-fast-seed1 --only cifar10/vgg16/plain-fast-seed0 --seeds 0,1"
+    ]
 
 
 def test_where_starts_differ_is_said(make_result):

@@ -12,12 +12,12 @@ from shallowdeep.studies.estimates import (
     measure_rates,
     training_flops,
 )
-from shallowdeep.studies.paper import list_cells, paper_cells, select
+from shallowdeep.studies.paper import Matrix, list_cells, select
 from shallowdeep.studies.tasks import is_complete
 
 
 def test_the_matrix():
-    cells = paper_cells(recipes=["fast", "paper"], seeds=[0, 1])
+    cells = Matrix(recipes=["fast", "paper"], seeds=[0, 1]).cells()
     assert len(cells) == len({cell.name for cell in cells}) == 2 * 2 * 3 * 4 * 4
     found = {cell.name: cell for cell in cells}
     plain = found["cifar100/vgg16/plain-fast-seed1"]
@@ -35,13 +35,13 @@ def test_the_matrix():
 
 
 def test_another_length_is_in_the_name():
-    [plain, *_] = paper_cells(data=["cifar10"], networks=["resnet56"], epochs=25)
+    [plain, *_] = Matrix(data=["cifar10"], networks=["resnet56"], epochs=25).cells()
     assert plain.name == "cifar10/resnet56/plain-fast-25epochs-seed0"
     assert plain.epochs == 25
 
 
 def test_passes_are_the_exits_cells_own():
-    cells = paper_cells(data=["cifar10"], networks=["resnet56"], passes=0)
+    cells = Matrix(data=["cifar10"], networks=["resnet56"], passes=0).cells()
     assert [cell.config.features.passes for cell in cells] == [0, 0, 0, 0]
     assert all(cell.command[-2:] == ("--passes", "0") for cell in cells)
 
@@ -51,17 +51,17 @@ def test_passes_are_the_exits_cells_own():
 )
 def test_unknown_names(asked):
     with pytest.raises(UnknownName):
-        paper_cells(**asked)
+        Matrix(**asked).cells()
 
 
 @pytest.mark.parametrize("asked", [{"epochs": 0}, {"threads": 0}, {"seeds": [-1]}, {"passes": -1}])
 def test_numbers_out_of_range(asked):
     with pytest.raises(ConfigError, match="from 1 on"):
-        paper_cells(**asked)
+        Matrix(**asked).cells()
 
 
 def test_select():
-    cells = paper_cells()
+    cells = Matrix().cells()
     assert select(cells, []) == cells
     found = select(cells, ["cifar10/*/joint-*", "tinyimagenet/vgg16/plain-fast-seed0", "cifar10/vgg16/*"])
     assert len(found) == 4 + 1 + 3
@@ -74,11 +74,11 @@ def test_select():
 
 def test_flops_are_those_of_the_network():
     assert forward_flops("vgg16", 10, 32) == 2 * 313_725_952  # the authors' 313.726 M multiply-adds
-    plain, ic_only, joint, mixed = paper_cells(data=["cifar10"], networks=["vgg16"], epochs=2)
+    plain, ic_only, joint, mixed = Matrix(data=["cifar10"], networks=["vgg16"], epochs=2).cells()
     one_pass = 45_000 * forward_flops("vgg16", 10, 32)
     assert training_flops(plain) == training_flops(joint) == training_flops(mixed) == 3 * 2 * one_pass
     assert training_flops(ic_only) == 4 * one_pass  # features of four passes
-    published = paper_cells(data=["cifar10"], networks=["vgg16"], recipes=["paper"])
+    published = Matrix(data=["cifar10"], networks=["vgg16"], recipes=["paper"]).cells()
     whole_pass = 50_000 * forward_flops("vgg16", 10, 32)
     assert [training_flops(cell) for cell in published[:2]] == [300 * whole_pass, 25 * whole_pass]
 
@@ -90,7 +90,7 @@ def test_complete_data():
 
 
 def test_rates_of_the_nearest_kind():
-    plain, *_ = paper_cells(data=["cifar10"], networks=["vgg16"])
+    plain, *_ = Matrix(data=["cifar10"], networks=["vgg16"]).cells()
     assert Rates({("cifar10", "vgg16"): 5.0, ("cifar100", "vgg16"): 9.0}).of(plain) == 5.0
     assert Rates({("cifar100", "vgg16"): 9.0, ("cifar10", "resnet56"): 1.0}).of(plain) == 9.0
     assert Rates({("cifar10", "wrn32_4"): 3.0, ("cifar10", "resnet56"): 1.0}).of(plain) == 2.0
@@ -108,7 +108,7 @@ def begin(cell, place, seconds, accelerator=None):
 
 
 def test_hours_left_from_the_epochs_done(place):
-    cells = paper_cells(data=["cifar10"], networks=["vgg16", "mobilenet"])
+    cells = Matrix(data=["cifar10"], networks=["vgg16", "mobilenet"]).cells()
     vgg16, mobilenet = cells[0], cells[4]
     begin(vgg16, place, [3600.0] * 10)
     begin(mobilenet, place, [1.0], accelerator="another machine's")
@@ -129,7 +129,7 @@ def test_hours_left_from_the_epochs_done(place):
 
 
 def test_nothing_is_measured_yet(place):
-    [row] = list_cells(paper_cells(data=["cifar10"], networks=["resnet56"])[:1], place)
+    [row] = list_cells(Matrix(data=["cifar10"], networks=["resnet56"]).cells()[:1], place)
     assert row == {
         "cell": "cifar10/resnet56/plain-fast-seed0", "state": "missing", "epochs": "0/30", "PFLOP left": "1.02",
         "hours left": None,
@@ -182,7 +182,7 @@ def test_missing_data_shard_is_named(cells, tmp_path, place):
     folder = tmp_path / "data" / "cifar10"
     folder.mkdir(parents=True)
     (folder / "train-00000-of-00002.parquet").touch()
-    plain, *_ = paper_cells(data=["cifar10"], networks=["resnet56"])
+    plain, *_ = Matrix(data=["cifar10"], networks=["resnet56"]).cells()
     with pytest.raises(Exception, match=r"lacks train-00001-of-00002\.parquet"):
         run_cell(plain, Place(place.runs, place.results, str(tmp_path / "data"), "cpu"))
     assert not place.run_of(plain).exists()

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 from studies.test_cells import figures
+from torch import nn
 
 from shallowdeep.errors import ConfigError
+from shallowdeep.networks.zoo import NETWORKS
 from shallowdeep.studies import side_by_side
 from shallowdeep.studies.cells import Place, state_of
-from shallowdeep.studies.paper import paper_cells
+from shallowdeep.studies.paper import Matrix
 from shallowdeep.studies.results import read_result
 from shallowdeep.studies.side_by_side import run_cells
 
@@ -41,16 +43,25 @@ def children(monkeypatch):
     )
 
 
-@pytest.mark.long
-def test_side_by_side_as_alone(children, cells, finished, place):
+def test_a_cell_waits_for_the_one_it_starts_from(cells, finished, place, monkeypatch):
+    """Side by side, with processes that put what was done elsewhere into this place."""
+
+    def copied(cell, place):
+        place.result_of(cell).parent.mkdir(parents=True, exist_ok=True)
+        old_and_new = [getattr(where, kind)(cell) for kind in ("run_of", "result_of") for where in (finished, place)]
+        return [
+            sys.executable,
+            "-c",
+            "import shutil, sys; shutil.copytree(*sys.argv[1:3]); shutil.copy(*sys.argv[3:])",
+            *map(str, old_and_new),
+        ]
+
+    monkeypatch.setattr(side_by_side, "command_of", copied)
     said = []
     outcomes = run_cells(cells[:3], place, jobs=2, say=said.append)
     assert [outcome.word for outcome in outcomes] == ["done"] * 3, outcomes
-    for cell in cells[:3]:
-        alone, beside = (read_result(where.result_of(cell)) for where in (finished, place))
-        assert figures(alone) == figures(beside)
     plain, ic_only, joint = (cell.name for cell in cells[:3])
-    assert said[:2] == [f"{plain}: begins", f"{joint}: begins"]  # IC-only waits for its network
+    assert said[:2] == [f"{plain}: begins", f"{joint}: begins"]
     assert said.index(f"{ic_only}: begins") > [line.startswith(f"{plain}: done") for line in said].index(True)
 
 
@@ -133,7 +144,7 @@ def test_a_process_is_given_its_cell(options, shell, monkeypatch, tmp_path):
 
     monkeypatch.setattr(side_by_side, "run_cells", caught)
     place = Place(tmp_path / "runs", tmp_path / "results", str(tmp_path), "cpu", compile=True)
-    for cell in paper_cells(**options)[-4:]:
+    for cell in Matrix(**options).cells()[-4:]:
         command = side_by_side.command_of(cell, place)
         assert command[:3] == [sys.executable, "-m", "shallowdeep"]
         code, _, errors = shell(*command[3:])
@@ -141,31 +152,39 @@ def test_a_process_is_given_its_cell(options, shell, monkeypatch, tmp_path):
         assert asked.pop() == (cell, place, 1)
 
 
-@pytest.mark.long
-def test_by_the_command_line(shell, tmp_path):
-    """The command as users type it: ResNet-20 on digits, plain and IC-only, in this process and in two."""
-    options = [
-        "--data",
-        "digits",
-        "--network",
-        "resnet20",
-        "--epochs",
-        1,
-        "--device",
-        "cpu",
-        "--only",
-        "*/plain*",
-        "--only",
-        "*/ic_only*",
-    ]
+WITH_TINY = "from studies.test_side_by_side import tiny; tiny(); from shallowdeep.cli import main; main()"
+
+
+def tiny(table=NETWORKS):
+    """Give a network that trains in a blink, with room for six exits, a name for the command line."""
+
+    def build(num_classes, image_size):
+        blocks = (nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(7))
+        return nn.Sequential(nn.Conv2d(3, 8, 5, stride=4), *blocks, nn.Flatten(), nn.Linear(8 * 7 * 7, num_classes))
+
+    table["tiny"] = build
+
+
+@pytest.mark.slow
+def test_by_the_command_line_side_by_side_as_alone(shell, monkeypatch, tmp_path):
+    """The command as users type it, in this process and in two side by side, gives the same figures bit for bit."""
+    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    monkeypatch.setitem(NETWORKS, "tiny", None)  # taken out again afterwards
+    tiny()
+    command_of = side_by_side.command_of
+    monkeypatch.setattr(
+        side_by_side,
+        "command_of",
+        lambda cell, place: [sys.executable, "-c", WITH_TINY, *command_of(cell, place)[3:]],
+    )
+    asked = ("--data", "digits", "--network", "tiny", "--epochs", 1, "--only", "*/plain-*", "--only", "*/joint-*")
     for folder, jobs in (("alone", 1), ("beside", 2)):
-        place = tmp_path / folder
-        code, out, errors = shell(
-            "study", "paper", *options, "--jobs", jobs, "--runs", place / "runs", "--results", place / "results"
-        )
+        where = ("--runs", tmp_path / folder / "runs", "--results", tmp_path / folder / "results", "--device", "cpu")
+        code, out, errors = shell("study", "paper", *asked, *where, "--jobs", jobs)
         assert code == 0, errors
         assert "2 of 2 cells are done" in out
-    names = [str(path.relative_to(tmp_path / "alone")) for path in (tmp_path / "alone" / "results").rglob("*.json")]
-    assert len(names) == 2
-    for name in names:
-        assert figures(read_result(tmp_path / "alone" / name)) == figures(read_result(tmp_path / "beside" / name))
+    for strategy in ("plain", "joint"):
+        name = f"digits/tiny/{strategy}-fast-1epochs-seed0"
+        alone, beside = (read_result(tmp_path / folder / "results" / f"{name}.json") for folder in ("alone", "beside"))
+        assert figures(alone) == figures(beside)
+        assert (tmp_path / "beside" / "runs" / f"{name}.log").exists()  # it had a process of its own

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from shallowdeep.config import RunConfig
 from shallowdeep.errors import FileFormatError
 from shallowdeep.networks.attach import total_flops
 from shallowdeep.networks.zoo import NETWORKS, load_network
@@ -20,20 +21,30 @@ from shallowdeep.studies.tasks import TASKS
 
 
 def training_flops(cell: Cell) -> float | None:
-    """FLOPs of a cell's training on complete data; ``None``: the data or the network is none of ours.
-
-    A trained backbone is run forward and costs twice that backward; a frozen one is only run forward, in every
-    epoch or once per recorded pass. Exits are left out: they cost a few per cent.
-    """
+    """FLOPs of a cell's training on complete data; ``None``: the data or the network is none of ours."""
     config = cell.config
     if config.data not in TASKS or config.network not in NETWORKS:
         return None
     task = TASKS[config.data]
     held_out = task.num_held_out if config.val_size is None else config.val_size
     forward = forward_flops(config.network, task.num_classes, task.image_size) * (task.num_images - held_out)
+    return flops_of_training(config, float(forward), cell.epochs)
+
+
+def flops_of_training(config: RunConfig, one_pass: float, epochs: int) -> float:
+    """FLOPs of a training, the cell it starts from not counted.
+
+    A trained backbone is run forward and costs twice that backward; a frozen one is only run forward, in every
+    epoch or once per recorded pass. Exits are left out: they cost a few per cent.
+
+    Args:
+        config: of the run.
+        one_pass: FLOPs of the backbone, forward, over all images trained on.
+        epochs: of the training.
+    """
     if config.strategy in ("ic_only", "distil"):
-        return float(forward * (config.features.passes or cell.epochs))
-    return 3.0 * forward * cell.epochs
+        return one_pass * (config.features.passes or epochs)
+    return 3.0 * one_pass * epochs
 
 
 @functools.cache

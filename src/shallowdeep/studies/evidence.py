@@ -5,8 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
-from shallowdeep.studies.layout import signed
+from shallowdeep.studies.layout import percent, signed, title_of_network
 from shallowdeep.studies.results import CellResult
+from shallowdeep.studies.tasks import title_of
 
 TIE = 1e-9
 """Shares nearer than this are equal: one that is pooled from two halves can lie an ulp beside that of the whole."""
@@ -43,7 +44,7 @@ def in_per_cent(value: float) -> str:
     >>> in_per_cent(0.5)
     '50.0 %'
     """
-    return f"{100 * value:.1f} %"
+    return f"{percent(value, 1)} %"
 
 
 def summary(figures: Figures, written: Callable[[float], str]) -> str:
@@ -54,13 +55,22 @@ def summary(figures: Figures, written: Callable[[float], str]) -> str:
 
 
 def evidence(figures: Figures) -> str:
-    """Number of runs and images, and the spread over seeds where a cell was run under several."""
+    """How many runs, of what, on how many images; and the spread over seeds where a cell was run under several."""
     runs = [run for run, _ in figures]
     images = sorted({run.n_test for run in runs})
     counted = f"{images[0]:,}" if len(images) == 1 else f"{images[0]:,} to {images[-1]:,}"
     spread = spread_over_seeds(figures)
-    seeds = "one seed each" if spread is None else f"±{100 * spread:.2f} points between seeds"
-    return f"n = {counted_as(len(runs), 'run')} on {counted} test images, {seeds}"
+    alone = "one seed" if len(runs) == 1 else "one seed each"
+    seeds = alone if spread is None else f"±{100 * spread:.2f} points between seeds"
+    networks = ", ".join(dict.fromkeys(title_of_network(run.config.network) for run in runs))
+    data = ", ".join(dict.fromkeys(title_of(run.config.data) for run in runs))
+    return f"n = {counted_as(len(runs), 'run')} of {networks} on {data}, {counted} test images, {seeds}"
+
+
+def untested(figures: Figures, data: Sequence[str]) -> str:
+    """A sentence on data sets that a claim is of and no run is; empty where there are none."""
+    missing = [title_of(name) for name in data if all(run.config.data != name for run, _ in figures)]
+    return f" Not tested on {' and '.join(missing)}." if missing else ""
 
 
 def spread_over_seeds(figures: Figures) -> float | None:

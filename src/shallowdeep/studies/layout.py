@@ -88,12 +88,12 @@ def title_of_network(name: str) -> str:
 
 
 def signed(number: float, digits: int = 2) -> str:
-    """A number with its sign.
+    """A number with its sign; one that rounds to zero has no minus.
 
-    >>> signed(-0.291)
-    '−0.29'
+    >>> signed(-0.291), signed(-0.001)
+    ('−0.29', '+0.00')
     """
-    return f"{number:+.{digits}f}".replace("-", "−")
+    return f"{number:+z.{digits}f}".replace("-", "−")
 
 
 def percent(share: float, digits: int = 2) -> str:
@@ -102,7 +102,7 @@ def percent(share: float, digits: int = 2) -> str:
     >>> percent(0.70125, 1)
     '70.1'
     """
-    return f"{100 * share:.{digits}f}".replace("-", "−")
+    return f"{100 * share:z.{digits}f}".replace("-", "−")
 
 
 def mean_text(shares: Sequence[float]) -> str:

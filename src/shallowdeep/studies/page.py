@@ -9,7 +9,7 @@ from pathlib import Path
 
 from shallowdeep.errors import FileFormatError
 from shallowdeep.storage import write_text
-from shallowdeep.studies.claims import judge, reasons_against
+from shallowdeep.studies.claims import Verdict, judge, judge_mixed, reasons_against
 from shallowdeep.studies.comparison import compare_with_published
 from shallowdeep.studies.evidence import counted_as, reaches
 from shallowdeep.studies.layout import (
@@ -26,8 +26,9 @@ from shallowdeep.studies.layout import (
 )
 from shallowdeep.studies.paper import DATA, NETWORKS
 from shallowdeep.studies.reproduction import show_how
-from shallowdeep.studies.results import BackdoorResult, CellResult, read_backdoor, read_results
+from shallowdeep.studies.results import BackdoorResult, CellResult, find_backdoors, read_backdoor, read_results
 from shallowdeep.studies.sections import compare_thresholds, show_confusion, show_exits, show_overthinking
+from shallowdeep.studies.targets import show_targets
 from shallowdeep.studies.tasks import title_of
 
 
@@ -37,9 +38,9 @@ def write_page(
     """Write the page, whole or not at all; the same results give the same page.
 
     Args:
-        results: folder with the cells' results.
+        results: folder with the cells' results, and in ``backdoor/`` those of attacked runs.
         out: Markdown file to write.
-        backdoors: ``results/backdoor.json`` of attacked runs.
+        backdoors: ``results/backdoor.json`` of attacked runs that lie elsewhere.
 
     Returns:
         Number of cells on it.
@@ -50,12 +51,21 @@ def write_page(
     cells = read_results(results)
     if not cells:
         raise FileFormatError(f"no results under {results}. Run some cells: shallowdeep study paper --list")
-    write_text(out, page_of(cells, [read_backdoor(path) for path in sorted(map(Path, backdoors))]))
+    beside = find_backdoors(results)
+    known = {path.resolve() for path in beside}
+    given = sorted({path for path in map(Path, backdoors) if path.resolve() not in known})
+    write_text(out, page_of(cells, [read_backdoor(path) for path in (*beside, *given)], num_given=len(given)))
     return len(cells)
 
 
-def page_of(results: Sequence[CellResult], backdoors: Sequence[BackdoorResult] = ()) -> str:
-    """The page as Markdown."""
+def page_of(results: Sequence[CellResult], backdoors: Sequence[BackdoorResult] = (), *, num_given: int = 0) -> str:
+    """The page as Markdown.
+
+    Args:
+        results: of the cells.
+        backdoors: of attacked runs.
+        num_given: how many of these lie elsewhere than beside the cells' results.
+    """
     groups = groups_of(results, DATA)
     lines = ["# The paper's table, run again", "", *_intro(results, groups)]
     for data in dict.fromkeys([*DATA, *(group.data for group in groups)]):
@@ -67,9 +77,10 @@ def page_of(results: Sequence[CellResult], backdoors: Sequence[BackdoorResult] =
         ("Overthinking", show_overthinking),
         ("Confusion", show_confusion),
         ("Published figures beside ours", compare_with_published),
-        ("How it was run", show_how),
+        ("Figures to beat", show_targets),
     ):
         lines += ["", f"## {title}", "", *section(groups)]
+    lines += ["", "## How it was run", "", *show_how(groups, num_given)]
     return "\n".join(lines) + "\n"
 
 
@@ -159,8 +170,15 @@ def _claims(results: Sequence[CellResult], backdoors: Sequence[BackdoorResult]) 
         f"""*Held*: so it is in the mean over all runs that test the claim. *Beaten*: more than was claimed was found.
         No run is left out for its outcome. {_judged(results)}"""
     )
-    for verdict in judge(results, backdoors):
-        lines += ["", *paragraph(f"- **{verdict.word.capitalize()}.** *{verdict.claim}* {verdict.found}")]
+    lines += _bullets(judge(results, backdoors))
+    lines += [
+        "",
+        *paragraph(
+            """The same asked of mixed training, which is not the paper's; with the plain network that it goes on from,
+            it takes twice the training:"""
+        ),
+    ]
+    lines += _bullets(judge_mixed(results))
     left: dict[str, list[str]] = {}
     for result in results:
         if reasons := reasons_against(result):
@@ -172,6 +190,12 @@ def _claims(results: Sequence[CellResult], backdoors: Sequence[BackdoorResult]) 
     return lines
 
 
+def _bullets(verdicts: Sequence[Verdict]) -> list[str]:
+    """Each verdict after an empty line."""
+    bullets = [f"- **{verdict.word.capitalize()}.** *{verdict.claim}* {verdict.found}" for verdict in verdicts]
+    return [line for bullet in bullets for line in ("", *paragraph(bullet))]
+
+
 def _judged(results: Sequence[CellResult]) -> str:
     """How many runs the verdicts rest on, and of what lengths."""
     lengths = Counter((r.config.recipe.name, r.length) for r in results if not reasons_against(r))
@@ -180,5 +204,5 @@ def _judged(results: Sequence[CellResult]) -> str:
     parts = [f"{length} epochs ({recipe}, {counted_as(n, 'run')})" for (recipe, length), n in sorted(lengths.items())]
     return (
         f"The verdicts rest on networks trained for {', '.join(parts)}; IC-only counts with the plain network it "
-        f"starts from, and runs with label smoothing say nothing of confusion."
+        f"starts from, and runs with label smoothing say nothing of savings, gains and confusion."
     )

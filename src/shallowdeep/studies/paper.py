@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from shallowdeep.config import RecipeChoice, RunConfig
@@ -24,23 +26,15 @@ PASSES = {"fast": 4, "paper": 0}
 """Recipe to the passes over the training data whose features are recorded for IC-only training; 0: as published."""
 
 
-def paper_cells(
-    *,
-    data: Sequence[str] = DATA,
-    networks: Sequence[str] = NETWORKS,
-    recipes: Sequence[str] = ("fast",),
-    seeds: Sequence[int] = (0,),
-    epochs: int | None = None,
-    threads: int = 1,
-    passes: int | None = None,
-) -> list[Cell]:
-    """The cells of the table, each after the one it starts from.
+@dataclass(frozen=True)
+class Matrix:
+    """Which cells are asked for; without a word, the paper's, under one seed of the short recipe.
 
     ``ic_only`` and ``mixed`` start from the plain cell of the same seed: ``mixed`` is joint training on its
     backbone, so that the plain phase is not trained twice. Under the recipe ``paper`` no training image is held
     out.
 
-    Args:
+    Attributes:
         data: names of data sets.
         networks: names of our networks.
         recipes: ``fast``, ``paper``.
@@ -54,87 +48,92 @@ def paper_cells(
         UnknownName: there is no such data set, network or recipe.
         ConfigError: a number is out of range.
     """
-    for kind, names, known in (
-        ("data set", data, data_sets()),
-        ("network", networks, known_networks()),
-        ("recipe", recipes, RECIPES),
-    ):
-        for name in names:
-            if name not in known:
-                raise UnknownName(kind, name, known)
-    if (epochs is not None and epochs < 1) or threads < 1 or min(*seeds, passes or 0, 0) < 0:
-        raise ConfigError(
-            "epochs and threads are from 1 on, seeds and passes from 0; "
-            f"got {epochs}, {threads}, {list(seeds)}, {passes}."
-        )
-    cells: list[Cell] = []
-    for recipe in recipes:
-        for seed in seeds:
-            for name in data:
-                for network in networks:
-                    cells += _four_cells(name, network, recipe, seed, epochs, threads, passes)
-    return cells
+
+    data: Sequence[str] = DATA
+    networks: Sequence[str] = NETWORKS
+    recipes: Sequence[str] = ("fast",)
+    seeds: Sequence[int] = (0,)
+    epochs: int | None = None
+    threads: int = 1
+    passes: int | None = None
+
+    def __post_init__(self):
+        for kind, names, known in (
+            ("data set", self.data, data_sets()),
+            ("network", self.networks, known_networks()),
+            ("recipe", self.recipes, RECIPES),
+        ):
+            for name in names:
+                if name not in known:
+                    raise UnknownName(kind, name, known)
+        if (
+            (self.epochs is not None and self.epochs < 1)
+            or self.threads < 1
+            or min(*self.seeds, self.passes or 0, 0) < 0
+        ):
+            raise ConfigError(
+                "epochs and threads are from 1 on, seeds and passes from 0; "
+                f"got {self.epochs}, {self.threads}, {list(self.seeds)}, {self.passes}."
+            )
+
+    def cells(self) -> list[Cell]:
+        """All of them, each after the one it starts from."""
+        groups = product(self.recipes, self.seeds, self.data, self.networks)
+        return [cell for group in groups for cell in self._four_cells(*group)]
+
+    def command(self, only: Sequence[str]) -> tuple[str, ...]:
+        """Arguments of ``shallowdeep`` that run some of the cells, by names or patterns of ``select``."""
+        words = ["study", "paper", *(word for name in only for word in ("--only", name))]
+        words += [] if set(self.data) <= set(DATA) else [word for name in self.data for word in ("--data", name)]
+        if not set(self.networks) <= set(NETWORKS):
+            words += [word for name in self.networks for word in ("--network", name)]
+        if tuple(self.recipes) != Matrix.recipes:
+            words += [word for name in self.recipes for word in ("--recipe", name)]
+        if self.epochs is not None:
+            words += ["--epochs", str(self.epochs)]
+        if tuple(self.seeds) != Matrix.seeds:
+            words += ["--seeds", ",".join(map(str, self.seeds))]
+        if self.threads != Matrix.threads:
+            words += ["--threads", str(self.threads)]
+        if self.passes is not None:
+            words += ["--passes", str(self.passes)]
+        return tuple(words)
+
+    def _four_cells(self, recipe: str, seed: int, data: str, network: str) -> list[Cell]:
+        shared: dict[str, Any] = {
+            "data": data,
+            "network": network,
+            "image_size": TASKS[data].image_size if data in TASKS else None,
+            "recipe": RecipeChoice(name=recipe, epochs=self.epochs),
+            "seed": seed,
+            "threads": self.threads,
+            "val_size": 0 if recipe == "paper" else None,
+        }
+        length = "" if self.epochs is None else f"-{self.epochs}epochs"
+        reuse = FeatureReuse(passes=PASSES.get(recipe, 0) if self.passes is None else self.passes)
+        kinds: dict[str, dict[str, Any]] = {
+            "plain": {"strategy": "plain"},
+            "ic_only": {"strategy": "ic_only", "features": reuse},
+            "joint": {"strategy": "joint"},
+            "mixed": {"strategy": "joint"},
+        }
+        alone = replace(self, data=(data,), networks=(network,), recipes=(recipe,), seeds=(seed,))
+        found: dict[str, Cell] = {}
+        for strategy, changes in kinds.items():
+            name = f"{data}/{network}/{strategy}-{recipe}{length}-seed{seed}"
+            found[strategy] = Cell(
+                name=name,
+                strategy=strategy,
+                config=RunConfig(**shared, **changes),
+                command=alone.command([name]),
+                init=found["plain"] if strategy in ("ic_only", "mixed") else None,
+            )
+        return list(found.values())
 
 
-def _four_cells(
-    data: str, network: str, recipe: str, seed: int, epochs: int | None, threads: int, passes: int | None
-) -> list[Cell]:
-    shared: dict[str, Any] = {
-        "data": data,
-        "network": network,
-        "image_size": TASKS[data].image_size if data in TASKS else None,
-        "recipe": RecipeChoice(name=recipe, epochs=epochs),
-        "seed": seed,
-        "threads": threads,
-        "val_size": 0 if recipe == "paper" else None,
-    }
-    length = "" if epochs is None else f"-{epochs}epochs"
-    reuse = FeatureReuse(passes=PASSES.get(recipe, 0) if passes is None else passes)
-    kinds: dict[str, dict[str, Any]] = {
-        "plain": {"strategy": "plain"},
-        "ic_only": {"strategy": "ic_only", "features": reuse},
-        "joint": {"strategy": "joint"},
-        "mixed": {"strategy": "joint"},
-    }
-    found: dict[str, Cell] = {}
-    for strategy, changes in kinds.items():
-        name = f"{data}/{network}/{strategy}-{recipe}{length}-seed{seed}"
-        found[strategy] = Cell(
-            name=name,
-            strategy=strategy,
-            config=RunConfig(**shared, **changes),
-            command=_command(name, data, network, recipe, seed, epochs, threads, passes),
-            init=found["plain"] if strategy in ("ic_only", "mixed") else None,
-        )
-    return list(found.values())
-
-
-def _command(
-    name: str,
-    data: str,
-    network: str,
-    recipe: str,
-    seed: int,
-    epochs: int | None,
-    threads: int,
-    passes: int | None,
-) -> tuple[str, ...]:
-    words = ["study", "paper", "--only", name]
-    if data not in DATA:
-        words += ["--data", data]
-    if network not in NETWORKS:
-        words += ["--network", network]
-    if recipe != "fast":
-        words += ["--recipe", recipe]
-    if epochs is not None:
-        words += ["--epochs", str(epochs)]
-    if seed != 0:
-        words += ["--seeds", str(seed)]
-    if threads != 1:
-        words += ["--threads", str(threads)]
-    if passes is not None:
-        words += ["--passes", str(passes)]
-    return tuple(words)
+def paper_cells(**options: Any) -> list[Cell]:
+    """The cells of a ``Matrix`` with these options."""
+    return Matrix(**options).cells()
 
 
 def select(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
@@ -154,6 +153,24 @@ def select(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
             hint = f" Near it: {', '.join(near)}." if near else ""
             raise ConfigError(f"no cell fits '{pattern}'.{hint} All names: shallowdeep study paper --list")
     return [cell for cell in cells if not patterns or any(fnmatch.fnmatchcase(cell.name, p) for p in patterns)]
+
+
+def patterns_of(names: Sequence[str], offered: Sequence[str]) -> list[str]:
+    """Few patterns that select these names and no other ones of those offered: whole data sets, networks, strategies.
+
+    >>> offered = ["digits/vgg16/plain-fast-seed0", "digits/vgg16/joint-fast-seed0", "digits/resnet20/plain-fast-seed0"]
+    >>> patterns_of(offered[:2], offered), patterns_of(offered, offered), patterns_of(["elsewhere"], offered)
+    (['digits/vgg16/*'], ['digits/*'], ['elsewhere'])
+    """
+    patterns: list[str] = []
+    for name in names:
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            continue
+        folders, _, cell = name.rpartition("/")
+        wide = (f"{folders.partition('/')[0]}/*", f"{folders}/*", f"{folders}/{cell.partition('-')[0]}-*")
+        fits = (pattern for pattern in wide if {*names} >= {*fnmatch.filter(offered, pattern)} != set())
+        patterns.append(next(fits, name))
+    return patterns
 
 
 def list_cells(cells: Sequence[Cell], place: Place) -> list[dict[str, Any]]:

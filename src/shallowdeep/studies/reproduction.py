@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from collections.abc import Sequence
 
+from shallowdeep.studies.evidence import counted_as
 from shallowdeep.studies.layout import Group, label, markdown_table, paragraph, title_of_network
-from shallowdeep.studies.paper import DATA, NETWORKS, PASSES, STRATEGIES
-from shallowdeep.studies.results import CellResult
+from shallowdeep.studies.paper import DATA, NETWORKS, PASSES, STRATEGIES, Matrix, patterns_of
+from shallowdeep.studies.results import BACKDOORS, CellResult
 from shallowdeep.studies.tasks import title_of
 
 
-def show_how(groups: Sequence[Group]) -> list[str]:
-    """The page's last section."""
+def show_how(groups: Sequence[Group], num_given: int = 0) -> list[str]:
+    """The page's last section.
+
+    Args:
+        groups: all on the page.
+        num_given: attacked runs that lie elsewhere than beside the cells' results.
+    """
+    given = f"""{counted_as(num_given, "attacked run")} {"was" if num_given == 1 else "were"} given by `--backdoor`. In
+        `results/paper/{BACKDOORS}/` the last command reads what lies there by itself."""
     return [
         *paragraph(
             """Each cell has a file under `results/paper/` with its configuration, figures, fingerprints of the data,
-            revision and the command that makes it again. All cells of a group, and then this page:"""
+            revision and the command that makes it again. These commands run the cells of this page, no others, and then
+            write the page. A cell whose file is there counts as done; with another `--results` and `--runs` it is
+            trained again:"""
         ),
         "",
         "```sh",
@@ -24,6 +35,7 @@ def show_how(groups: Sequence[Group]) -> list[str]:
         "shallowdeep study paper --table",
         "```",
         "",
+        *([*paragraph(given), ""] if num_given else []),
         *_places([result for group in groups for result in group.results]),
         "",
         *paragraph(
@@ -37,36 +49,35 @@ def show_how(groups: Sequence[Group]) -> list[str]:
 
 
 def commands_of(group: Group) -> list[str]:
-    """Command lines that run a group's cells again: one, or where options differ, one for each."""
-    alike: dict[tuple[str, ...], list[CellResult]] = {}
+    """Command lines that run a group's cells again, and no others: one, or where options differ, one for each."""
+    alike: dict[tuple[int, int | None], list[CellResult]] = {}
     for result in group.results:
         alike.setdefault(_options_of(result), []).append(result)
-    if len(alike) == 1:
-        return [_command(group, [f"{group.data}/*"], *alike)]
-    return [_command(group, [result.name for result in alike[options]], options) for options in sorted(alike)]
+    # IC-only cells of unusual passes come after the plain ones that they start from.
+    order = sorted(alike, key=lambda options: (options[0], options[1] is not None, options[1] or 0))
+    return [_command(group, alike[options], *options) for options in order]
 
 
-def _options_of(result: CellResult) -> tuple[str, ...]:
-    """What is not as it would be without options, beside what cells of a group have in common."""
-    threads, passes, usual = (
-        result.config.threads or 1,
-        result.config.features.passes,
-        PASSES.get(result.config.recipe.name, 0),
+def _options_of(result: CellResult) -> tuple[int, int | None]:
+    """A cell's threads, and the passes of IC-only training where they are not the recipe's own."""
+    passes = result.config.features.passes
+    usual = result.strategy != "ic_only" or passes == PASSES.get(result.config.recipe.name, 0)
+    return result.config.threads or Matrix.threads, None if usual else passes
+
+
+def _command(group: Group, results: Sequence[CellResult], threads: int, passes: int | None) -> str:
+    networks = {result.config.network for result in results}
+    matrix = Matrix(
+        data=DATA if group.data in DATA else (group.data,),
+        networks=NETWORKS if networks <= set(NETWORKS) else tuple(sorted(networks)),
+        recipes=(group.recipe_name,),
+        seeds=tuple(sorted({result.config.seed for result in results})),
+        epochs=group.epochs,
+        threads=threads,
+        passes=passes,
     )
-    return (
-        *(() if threads == 1 else (f"--threads {threads}",)),
-        *(() if result.strategy != "ic_only" or passes == usual else (f"--passes {passes}",)),
-    )
-
-
-def _command(group: Group, names: Sequence[str], options: Sequence[str]) -> str:
-    seeds = ",".join(str(seed) for seed in sorted({result.config.seed for result in group.results}))
-    networks = sorted({result.config.network for result in group.results})
-    words = ["shallowdeep study paper", *(f"--only '{name}'" for name in names)]
-    words += [] if group.data in DATA else [f"--data {group.data}"]
-    words += [] if set(networks) <= set(NETWORKS) else [f"--network {network}" for network in networks]
-    words += [f"--recipe {group.recipe_name}"] + ([] if group.epochs is None else [f"--epochs {group.epochs}"])
-    return " ".join([*words, f"--seeds {seeds}", *options])
+    patterns = patterns_of([result.name for result in results], [cell.name for cell in matrix.cells()])
+    return shlex.join(["shallowdeep", *matrix.command(patterns)])
 
 
 def _places(results: Sequence[CellResult]) -> list[str]:
@@ -77,7 +88,7 @@ def _places(results: Sequence[CellResult]) -> list[str]:
     lines = []
     for places, cells in sorted(found.items()):
         hours = sum(cell.seconds for cell in cells) / 3600
-        counted = f"{len(cells)} cell{'' if len(cells) == 1 else 's'}, {hours:.1f} hours of training"
+        counted = f"{counted_as(len(cells), 'cell')}, {hours:.1f} hours of training"
         moved = "" if len(places) == 1 else f" ({', '.join(sorted(cell.name for cell in cells))})"
         lines += paragraph(f"- {', then '.join(places)}: {counted}{moved}")
     return lines

@@ -22,6 +22,9 @@ MIN_EPOCHS = 20
 """Shortest training of a network that says something of the paper: its cells are meant to be run for 20 to 30 epochs
 where time is short, and as long as their recipe says where it is not. A shorter one tries the chain out."""
 
+BACKDOORS = "backdoor"
+"""Folder beside the data sets' own, for what backdoors did: files as ``results/backdoor.json`` of attacked runs."""
+
 _FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -179,20 +182,37 @@ def read_result(path: str | os.PathLike[str]) -> CellResult:
 
 
 def read_results(folder: str | os.PathLike[str]) -> list[CellResult]:
-    """Every result under a folder, by name.
+    """Every cell's result under a folder, by name; what backdoors did stays with ``find_backdoors``.
 
     Raises:
         FileFormatError: some are damaged; all of them are named.
     """
-    found, errors = [], []
+    found, errors, backdoors = [], [], Path(folder) / BACKDOORS
     for path in sorted(Path(folder).rglob("*.json")):
+        if path.is_relative_to(backdoors):
+            continue
         try:
             found.append(read_result(path))
         except FileFormatError as error:
-            errors.append(str(error))
+            errors.append(
+                f"{path} is of an attacked run: move it to {backdoors}." if _is_backdoor(path) else str(error)
+            )
     if errors:
         raise FileFormatError("\n".join(errors))
     return sorted(found, key=lambda result: result.name)
+
+
+def _is_backdoor(path: Path) -> bool:
+    try:
+        read_backdoor(path)
+    except FileFormatError:
+        return False
+    return True
+
+
+def find_backdoors(folder: str | os.PathLike[str]) -> list[Path]:
+    """Files that say what backdoors did, beside the cells' results."""
+    return sorted((Path(folder) / BACKDOORS).rglob("*.json"))
 
 
 class BackdoorResult(BaseModel):
