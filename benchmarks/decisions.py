@@ -3,36 +3,44 @@
 Each policy is replayed on the Trace that ``record`` gives (fp32); in another precision on the back end's own Trace. A
 difference within 1e-5 of a threshold is a tie; any other is a defect::
 
-    python benchmarks/decisions.py RUN
+    python benchmarks/decisions.py RUN --out decisions.json
+    python benchmarks/decisions.py RUN --engines "eager bf16" "stages bf16" --samples 1000 --out bf16.json
 
-RUN is a run folder with exits, such as one of ``results/`` with its weights. It needs the run's data.
+RUN is a run folder with exits, such as one of ``results/`` with its weights. It needs the run's data. The figures are
+written after each way to run, so that none is lost; what cannot run at all is among them, with its error.
 """
 
 import argparse
-import json
-import platform
 import sys
 import tempfile
 import time
-from importlib.metadata import version
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 import shallowdeep as sd
 from shallowdeep.inference.bench import agreement
+from shallowdeep.inference.runner import Settings
+from shallowdeep.provenance import describe_environment
+from shallowdeep.storage import write_json
+from shallowdeep.versions import versions_of
 
 MICRO_BATCH = 250
-ENGINES = [
-    ("eager", "fp32"),
-    ("stages", "fp32"),
-    ("compiled", "fp32"),
-    ("onnx", "fp32"),
-    ("openvino", "fp32"),
-    ("onnx", "int8"),
-]
-ONE_BY_ONE = 2_000  # samples for the single file, which takes one at a time
+COMPILED = 32  # rows at a time, and the one size that is compiled for: each takes a minute or more
+ENGINES = (
+    "eager fp32",
+    "stages fp32",
+    "compiled fp32",
+    "onnx fp32",
+    "openvino fp32",
+    "onnx int8",
+    "openvino int8",
+)
+FORMS = ("stages", "batched", "single")  # of an exported folder
 
 
 def policies_for(val: sd.Trace) -> dict[str, sd.ExitPolicy]:
@@ -45,70 +53,129 @@ def policies_for(val: sd.Trace) -> dict[str, sd.ExitPolicy]:
     }
 
 
-def compare(answers: sd.Answers, trace: sd.Trace, policy: sd.ExitPolicy) -> dict[str, int]:
-    rows = np.full((2, len(trace)), -1)
-    rows[:, answers.ids] = answers.labels, answers.exits
-    return agreement(rows[0], rows[1], trace, policy)
+class Comparison:
+    """Rows of figures, one per policy and way to run it.
+
+    Args:
+        sdn: the network.
+        test: samples to answer.
+        calibration: inputs for int8.
+        keep: called with all rows after each.
+    """
+
+    def __init__(
+        self,
+        sdn: sd.ShallowDeepNetwork,
+        test: Any,
+        calibration: torch.Tensor,
+        keep: Callable[[list[dict[str, Any]]], None],
+    ):
+        self.sdn, self.test, self.calibration, self.keep = sdn, test, calibration, keep
+        self.images = torch.cat([batch.inputs for batch in test.batches(1000)])
+        self.trace = sd.record(sdn, test)
+        self.rows: list[dict[str, Any]] = []
+
+    def engine(self, policy: sd.ExitPolicy, backend: str, precision: str) -> dict[str, Any]:
+        """Figures of an engine."""
+        options: dict[str, Any] = {"calibration": self.calibration} if precision == "int8" else {}
+        options |= {"sizes": (COMPILED,)} if backend == "compiled" else {}
+        engine = sd.Engine(
+            self.sdn,
+            policy,
+            backend=backend,
+            precision=precision,
+            example_inputs=self.images[:8],
+            micro_batch=COMPILED if backend == "compiled" else MICRO_BATCH,
+            **options,
+        )
+        answers = engine(self.images)
+        if precision == "fp32":
+            return self.figures(answers, self.trace, policy)
+        own = engine.record(self.test, batch_size=MICRO_BATCH)  # of the exits that the policy looks at, numbered anew
+        return self.figures(answers, own, replace(policy, exits=None), engine.exits)  # type: ignore[type-var]
+
+    def figures(
+        self, answers: sd.Answers, trace: sd.Trace, policy: sd.ExitPolicy, exits: list[int] | None = None
+    ) -> dict[str, Any]:
+        """Answers against a replay; ``exits`` are those of the Trace, all where not given."""
+        found = answers.exits if exits is None else np.searchsorted(exits, answers.exits)
+        shares = np.bincount(answers.exits, minlength=self.sdn.num_exits) / len(answers)
+        return {
+            "n": len(answers),
+            **agreement(answers.labels, found, trace, policy),
+            "accuracy": float((answers.labels == trace.true_labels.numpy()).mean()),
+            "cost": float(answers.costs.mean()),
+            "exit_shares": shares.round(4).tolist(),
+        }
+
+    def note(self, policy: str, way: str, run: Callable[[], dict[str, Any]]) -> None:
+        """Run one way, and keep its figures or its error."""
+        started = time.perf_counter()
+        try:
+            found = run()
+        except Exception as error:  # the others shall run all the same
+            found = {"error": f"{type(error).__name__}: {error}"}
+        self.rows.append({"policy": policy, "way": way, **found, "seconds": round(time.perf_counter() - started, 1)})
+        self.keep(self.rows)
+        shown = ("policy", "way", "n", "differing", "ties", "error", "seconds")
+        print({name: self.rows[-1][name] for name in shown if name in self.rows[-1]}, flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
+    parser.add_argument("--engines", nargs="*", default=ENGINES, help="each a back end and a precision")
+    parser.add_argument("--forms", nargs="*", default=FORMS, help="of an exported folder")
+    parser.add_argument("--policies", nargs="+", help="some of the four; all where not given")
+    parser.add_argument("--samples", type=int, help="of the test split, at most; all where not given")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
     given = parser.parse_args()
+    torch.set_num_threads(given.threads)
     run = sd.Run.open(given.run)
     sdn = run.load()
     data = run.load_data(sdn.backbone)
-    images = torch.cat([batch.inputs for batch in data.test.batches(1000)])
-    calibration = next(iter(data.val.batches(512))).inputs
-    trace, rows = sd.record(sdn, data.test), []
-    for name, policy in policies_for(sd.record(sdn, data.val)).items():
-        for backend, precision in ENGINES:
-            options = {"calibration": calibration} if precision == "int8" else {}
-            engine = sd.Engine(
-                sdn, policy, backend=backend, precision=precision, example_inputs=images[:8],
-                micro_batch=32 if backend == "compiled" else MICRO_BATCH, **options,
-            )  # fmt: skip
-            own = trace if precision == "fp32" else None
-            if own is None:
-                own = engine.record(data.test, batch_size=MICRO_BATCH)
-                if len(engine.exits) < sdn.num_exits:
-                    continue  # its Trace has the exits it looks at alone
-            rows.append(row(name, f"{backend} {precision}", engine(images), own, policy))
-        with tempfile.TemporaryDirectory() as folder:
-            out = sd.export(sdn, policy, Path(folder) / "out", example_inputs=images[:8]).folder
-            array = images.numpy()
-            for form, most in (("stages", None), ("batched", None), ("single", ONE_BY_ONE)):
-                answers = sd.Runner(out, form, micro_batch=MICRO_BATCH)(array[:most])
-                rows.append(row(name, f"runner, {form}", answers, trace, policy))
-    figures = {
-        "n": len(images),
-        "data": data.test.name,
-        "rows": rows,
-        "hardware": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {package: version(package) for package in ("torch", "onnxruntime", "openvino", "shallowdeep")},
-        "command": f"python benchmarks/decisions.py {given.run.name}",
+    test: Any = data.split("test")
+    test = test if given.samples is None else test.sample(given.samples)
+    about = {
+        **describe_environment(data, "cpu"),
+        "run_times": versions_of(("onnxruntime", "openvino")),
+        "data": test.name,
+        "network": run.config.network,
+        "n": len(test),
     }
-    if given.out:
-        given.out.write_text(json.dumps(figures, indent=2) + "\n")
-    wrong = [one for one in rows if one["differing"] > one["ties"]]
-    print(f"{len(rows)} ways to run {len(images)} images: {len(wrong)} decide otherwise than the replay")
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        if given.out:
+            write_json(given.out, {**about, "rows": rows})
+
+    compared = Comparison(sdn, test, next(iter(data.split("val").batches(512))).inputs, keep)
+    policies = policies_for(sd.record(sdn, data.split("val")))
+    about["policies"] = {name: policy.to_dict() for name, policy in policies.items()}
+    for name in given.policies or policies:
+        policy = policies[name]
+        for way in given.engines:
+            compared.note(name, way, lambda: compared.engine(policy, *way.split()))  # noqa: B023
+        if given.forms:
+            exported(compared, name, policy, given.forms, given.threads)
+    rows = compared.rows
+    wrong = [one for one in rows if "error" in one or one["differing"] > one["ties"]]
+    print(f"{len(rows)} ways to run {len(test)} images: {len(wrong)} decide otherwise than the replay, or do not run")
     sys.exit(bool(wrong))
 
 
-def row(policy: str, way: str, answers: sd.Answers, trace: sd.Trace, rule: sd.ExitPolicy) -> dict[str, object]:
-    shares = np.bincount(answers.exits, minlength=trace.num_exits) / len(answers)
-    found = {
-        "policy": policy,
-        "way": way,
-        "n": len(answers),
-        **compare(answers, trace, rule),
-        "accuracy": float((answers.labels == trace.labels[: len(answers)].numpy()).mean()),
-        "cost": float(answers.costs.mean()),
-        "exit_shares": shares.round(4).tolist(),
-    }
-    print(time.strftime("%H:%M"), {key: found[key] for key in ("policy", "way", "n", "differing", "ties")}, flush=True)
-    return found
+def exported(compared: Comparison, name: str, policy: sd.ExitPolicy, forms: list[str], threads: int) -> None:
+    """All forms of one exported folder."""
+    images, settings = compared.images.numpy(), Settings(threads=threads)
+    with tempfile.TemporaryDirectory() as folder:
+        out = sd.export(compared.sdn, policy, Path(folder) / "out", example_inputs=compared.images[:8]).folder
+
+        def run(form: str) -> dict[str, Any]:
+            answers = sd.Runner(out, form, micro_batch=MICRO_BATCH, settings=settings)(images)
+            return compared.figures(answers, compared.trace, policy)
+
+        for form in forms:
+            compared.note(name, f"runner, {form}", lambda: run(form))  # noqa: B023
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Does an application's own ONNX Runtime session keep its speed beside an engine in the same process?
 
-Both are of the run's network, on the same cores. In every round the application's session is timed three times: with
-nothing beside it, right after a batch of the engine (whose threads would still spin if it let them), and right after
-one of an engine whose threads do spin, for comparison::
+Both are of the run's network, on the same cores. In every round the application's session is timed three times, in
+another order each time: with nothing beside it, right after a batch of the engine (whose threads would still spin if
+it let them), and right after one of an engine whose threads do spin, for comparison::
 
     python benchmarks/guest.py runs/ic_only --threads 2 --rounds 30
 
@@ -17,6 +17,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,16 +29,25 @@ from shallowdeep.inference.engine import Engine
 from shallowdeep.inference.onnx.export import export
 from shallowdeep.inference.speed import spread
 from shallowdeep.policies.rules import Confidence
-from shallowdeep.provenance import describe_machine
+from shallowdeep.provenance import describe_environment
 from shallowdeep.runs import Run
+from shallowdeep.versions import versions_of
+
+WARM_UP = 2  # rounds that do not count
 
 
-def milliseconds(call: Callable[[], object], repeats: int) -> float:
-    """Of a call, the mean of some."""
+def milliseconds_after(other: Callable[[], object], call: Callable[[], object]) -> float:
+    """Of a call, right after another that is not timed."""
+    other()
     started = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - started) * 1000 / repeats
+    call()
+    return (time.perf_counter() - started) * 1000
+
+
+def rotated(names: list[str], by: int) -> list[str]:
+    """Another one first each time."""
+    by %= len(names)
+    return names[by:] + names[:by]
 
 
 def main() -> None:
@@ -44,12 +55,13 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="in a round, whose mean counts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     run = Run.open(args.run)
-    sdn, data = run.load(), run.load_data()
+    sdn = run.load()
+    data = run.load_data(sdn.backbone)
     images = next(iter(data.split("test").batches(args.batch_size))).inputs
     policy = Confidence(0.9)
     with tempfile.TemporaryDirectory() as folder:
@@ -58,7 +70,9 @@ def main() -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = args.threads
         session = onnxruntime.InferenceSession(str(never.folder / "batched.onnx"), options)
-        feeds = {node.name: images.numpy() if node.shape else np.float32(2.0) for node in session.get_inputs()}
+        feeds = {
+            node.name: images.numpy() if node.shape else np.array(2.0, np.float32) for node in session.get_inputs()
+        }
 
         def own() -> object:
             return session.run(None, feeds)
@@ -67,28 +81,26 @@ def main() -> None:
             "beside": Engine(sdn, policy, backend="onnx", example_inputs=images[:4]),
             "beside_spinning": Engine(sdn, policy, backend="onnx", example_inputs=images[:4], spinning=True),
         }
-        for call in (own, *(lambda engine=engine: engine(images) for engine in engines.values())):
-            milliseconds(call, 3)
-        times: dict[str, list[float]] = {"alone": [], **{name: [] for name in engines}}
-        for _ in range(args.rounds):
-            time.sleep(0.2)  # whatever spun has gone to sleep
-            times["alone"].append(milliseconds(own, args.repeats))
-            for name, engine in engines.items():
-                time.sleep(0.2)
-                found = []
-                for _ in range(args.repeats):
-                    engine(images)
-                    found.append(milliseconds(own, 1))
-                times[name].append(float(np.mean(found)))
-    ratios = {name: spread(np.divide(times[name], times["alone"])) for name in engines}
+        before: dict[str, Callable[[], object]] = {"alone": lambda: None}  # what runs right before each timed call
+        before |= {name: partial(engine, images) for name, engine in engines.items()}
+        times: dict[str, list[float]] = {name: [] for name in before}
+        for number in range(-WARM_UP, args.rounds):
+            for name in rotated(list(before), number):
+                time.sleep(0.2)  # whatever spun has gone to sleep
+                found = [milliseconds_after(before[name], own) for _ in range(args.repeats)]
+                if number >= 0:
+                    times[name].append(float(np.mean(found)))
+    ratios = {name: asdict(spread(np.divide(times[name], times["alone"]))) for name in engines}
     values = {
         "command": " ".join(["python", "benchmarks/guest.py", *sys.argv[1:]]),
-        "environment": describe_machine("cpu"),
+        "environment": describe_environment(data, "cpu"),
+        "run_times": versions_of(("onnxruntime",)),
         "network": run.config.network,
+        "policy": policy.to_dict(),
         "batch_size": args.batch_size,
         "threads": args.threads,
-        "milliseconds": {name: spread(found).__dict__ for name, found in times.items()},
-        "ratio_to_alone": {name: found.__dict__ for name, found in ratios.items()},
+        "milliseconds": {name: asdict(spread(found)) for name, found in times.items()},
+        "ratio_to_alone": ratios,
     }
     print(json.dumps(values, indent=2))
 

@@ -26,6 +26,7 @@ from shallowdeep.networks.inputs import example_inputs_for
 from shallowdeep.networks.zoo import load_network
 from shallowdeep.policies.rules import State, Verdict
 from shallowdeep.provenance import describe_machine
+from shallowdeep.versions import versions_of
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "hf:resnet": {},  # the configuration's own defaults: ResNet-50
@@ -76,9 +77,10 @@ def main() -> None:
     )
     parser.add_argument("--backends", nargs="+", default=["eager", "stages", "compiled", "onnx"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     found = {}
     for name in args.networks:
         torch.manual_seed(0)
@@ -94,7 +96,6 @@ def main() -> None:
             batch_sizes=args.batch_sizes,
             backends=args.backends,
             rounds=args.rounds,
-            threads=args.threads,
             smaller=False,
             progress=True,
         )
@@ -103,6 +104,7 @@ def main() -> None:
     values = {
         "command": " ".join(["python", "benchmarks/large_images.py", *sys.argv[1:]]),
         "environment": describe_machine(args.device),
+        "libraries": versions_of(("transformers",)),
         "networks": found,
     }
     print(json.dumps(values, indent=2))

@@ -79,13 +79,15 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     rows = []
+    settings = [
+        {"precision": precision, "channels_last": last, "compiled": compiled}
+        for precision, last, compiled in itertools.product(
+            sorted({"fp32", *args.precisions}, reverse=True),  # fp32 comes first: all others are compared to it
+            (True, False),
+            (False, True) if args.compile else (False,),
+        )
+    ]
     for name in args.networks:
-        settings = [
-            {"precision": precision, "channels_last": last, "compiled": compiled}
-            for precision, last, compiled in itertools.product(
-                args.precisions, (True, False), (False, True) if args.compile else (False,)
-            )
-        ]
         with ExitStack() as keeping:
             torch.compiler.reset()  # it remembers eight networks of one class, and runs a ninth one uncompiled
             torch.set_num_threads(max(args.threads))
@@ -93,7 +95,7 @@ def main() -> None:
             for threads in args.threads:
                 torch.set_num_threads(threads)
                 for step in steps:
-                    step()
+                    seconds(step, 1)  # to warm up
                 times = np.array([[seconds(step, args.steps) for step in steps] for _ in range(args.rounds)])
                 for place, setting in enumerate(settings):
                     row = {
