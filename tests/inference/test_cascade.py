@@ -37,6 +37,9 @@ class Planned:
     def join(self, parts):
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
+    def wait(self):
+        pass
+
 
 def inputs(stops, start=0):
     marks = 100.0 * (1 + start + np.arange(len(stops)))
@@ -216,6 +219,27 @@ def test_measuring_times_every_stage_at_every_size():
     assert np.shape(latency.run_ms) == np.shape(latency.take_ms) == (3, 2)
     assert np.min(latency.run_ms) > 0
     assert sorted(set(stages.ran)) == [(stage, rows) for stage in range(3) for rows in (1, 4)]
+
+
+class Asynchronous(Planned):
+    """Stages on a device that is told what to do, and does it when it is waited for."""
+
+    told = False
+
+    def take(self, values, rows):
+        self.told = True
+        return super().take(values, rows)
+
+    def wait(self):
+        self.told = False
+
+    def run(self, stage, values):
+        assert not self.told, "the time of taking rows would be counted as the stage's"
+        return super().run(stage, values)
+
+
+def test_measuring_waits_for_the_rows_it_took():
+    assert Cascade(Asynchronous(), COSTS).measure(inputs([2, 2, 2]), [4], repeats=1).sizes == (4,)
 
 
 def test_latency_is_a_straight_line_between_the_sizes_and_beyond_them():

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from shallowdeep.errors import ConfigError, NetworkError
 from shallowdeep.inference.backends import PRECISIONS, Order
-from shallowdeep.inference.runner import Cascade, Values
+from shallowdeep.inference.runner import Values
 from shallowdeep.inference.stages import Body, cut
-from shallowdeep.inference.torch_stages import TorchStages
+from shallowdeep.inference.torch_stages import TorchCascade, TorchStages, index_on
 from shallowdeep.networks.calls import first_line, without_autocast
 from shallowdeep.networks.compiler import check_compiler
 from shallowdeep.policies.rules import ExitPolicy
@@ -78,7 +78,7 @@ class CompiledStages(TorchStages):
 
     def take(self, values: Values, rows: np.ndarray) -> Values:
         """Some rows of every value, by index; channels stay last."""
-        index = torch.from_numpy(rows).to(self.device)
+        index = index_on(self.device, rows)
         return {name: _taken(value, index) for name, value in values.items()}
 
     def _compile(self, stage: int, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -155,7 +155,7 @@ def _checked_sizes(sizes: Any) -> list[int]:
     return list(sizes)
 
 
-def build_compiled(order: Order) -> Cascade:
+def build_compiled(order: Order) -> TorchCascade:
     """Compiled stages.
 
     Its options are ``sizes``, the sizes of batches to compile for (others are filled up to the next), and
@@ -178,4 +178,4 @@ def build_compiled(order: Order) -> Cascade:
         dtype=PRECISIONS[order.precision],
         progress=bool(options.get("progress", False)),
     )
-    return Cascade(stages, order.costs, micro_batch=min(most, sizes[-1]))
+    return TorchCascade(stages, order.costs, micro_batch=min(most, sizes[-1]))

@@ -18,7 +18,7 @@ from shallowdeep.errors import ConfigError, NetworkError
 from shallowdeep.inference.backends import Order
 from shallowdeep.inference.runner import Answers, Latency, Leaving, Values, collect, live_rows, pays, settle
 from shallowdeep.inference.stages import as_inputs
-from shallowdeep.inference.torch_stages import fetch, network_for, take
+from shallowdeep.inference.torch_stages import fetch, index_on, network_for, take, wait_for
 from shallowdeep.networks.calls import exact_float32, in_eval_mode
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.networks.taps import letting_leave
@@ -186,7 +186,7 @@ class _Forward:
             raise _Finished
         if len(live) == len(self.ids) or not pays(self.eager.latency, place + 1, len(live), len(self.ids)):
             return None
-        rows = torch.from_numpy(live).to(features.device)
+        rows = index_on(features.device, live)
         self.ids = self.ids[live]
         self.state = tuple(part[rows] for part in self.state or ())
         return rows
@@ -225,7 +225,8 @@ class _Watch(_Forward):
     def look(self, place: int, exit: int, features: Tensor) -> Tensor | None:
         super().look(place, exit, features)
         picking = time.perf_counter()
-        features[torch.arange(len(features), device=features.device)]
+        features[index_on(features.device, np.arange(len(features)))]
+        wait_for(features.device)
         self.begin = time.perf_counter()
         self.take_ms.append(1e3 * (self.begin - picking))
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shallowdeep.inference.backends import PRECISIONS, Order
-from shallowdeep.inference.runner import Cascade, Step, Values
+from shallowdeep.inference.runner import Answers, Cascade, Latency, Step, Values
 from shallowdeep.inference.stages import Body, Stage, as_inputs, cut, thresholds_of
 from shallowdeep.networks.calls import exact_float32, in_eval_mode
 from shallowdeep.networks.sdn import ShallowDeepNetwork
@@ -67,6 +67,10 @@ class TorchStages:
         """The rows of several values, one after another."""
         return join(parts)
 
+    def wait(self) -> None:
+        """Wait until the device has done all that it was asked for."""
+        wait_for(self.device)
+
 
 def fetch(stop: Tensor, scores: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """``stop`` and ``scores`` as numpy arrays; from a GPU in one copy."""
@@ -76,6 +80,25 @@ def fetch(stop: Tensor, scores: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return packed[:, 0] > 0, packed[:, 1:]
 
 
+class TorchCascade(Cascade):
+    """Stages of PyTorch in a row: exact in float32, by switches that are set once a call rather than once a stage."""
+
+    def answer(self, inputs: Values, *, plan: np.ndarray | None = None) -> Answers:
+        """See ``Cascade.answer``."""
+        with exact_float32():
+            return super().answer(inputs, plan=plan)
+
+    def logits(self, inputs: Values) -> list[np.ndarray]:
+        """See ``Cascade.logits``."""
+        with exact_float32():
+            return super().logits(inputs)
+
+    def measure(self, inputs: Values, sizes: Iterable[int], *, repeats: int) -> Latency:
+        """See ``Cascade.measure``."""
+        with exact_float32():
+            return super().measure(inputs, sizes, repeats=repeats)
+
+
 class PlainStage:
     """The backbone alone, as one stage at whose end everybody leaves (see ``runner.Stages``)."""
 
@@ -83,6 +106,7 @@ class PlainStage:
 
     def __init__(self, sdn: ShallowDeepNetwork, like: Any):
         self.exits = [sdn.num_exits - 1]
+        self.device = next(sdn.parameters()).device
         self._sdn, self._like = sdn, like
 
     def run(self, stage: int, values: Values) -> Step:
@@ -105,11 +129,25 @@ class PlainStage:
         """The rows of several values, one after another."""
         return join(parts)
 
+    def wait(self) -> None:
+        """Wait until the device has done all that it was asked for."""
+        wait_for(self.device)
+
 
 def take(values: Values, rows: np.ndarray) -> Values:
     """Some rows of every tensor, by index."""
-    index = torch.from_numpy(rows).to(next(iter(values.values())).device)
+    index = index_on(next(iter(values.values())).device, rows)
     return {name: value.index_select(0, index) for name, value in values.items()}
+
+
+def index_on(device: torch.device, rows: np.ndarray) -> Tensor:
+    """Indices of rows on a device, without waiting for it."""
+    return torch.from_numpy(rows).to(device, non_blocking=True)
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done all that it was asked for."""
+    torch.get_device_module(device).synchronize()
 
 
 def join(parts: Sequence[Values]) -> Values:
@@ -124,17 +162,17 @@ def network_for(order: Order) -> ShallowDeepNetwork:
     return copy.deepcopy(order.sdn).to(PRECISIONS[order.precision])
 
 
-def build_stages(order: Order) -> Cascade:
+def build_stages(order: Order) -> TorchCascade:
     """Exported stages, run as they are: what every other run time of stages is compared to."""
     order.take_options()
     bodies = cut(order.sdn, order.example_inputs, exits=order.exits)
     stages = TorchStages(bodies, order.policy, order.sdn.num_outputs, dtype=PRECISIONS[order.precision])
-    return Cascade(stages, order.costs, micro_batch=order.micro_batch)
+    return TorchCascade(stages, order.costs, micro_batch=order.micro_batch)
 
 
-def build_plain(order: Order) -> Cascade:
+def build_plain(order: Order) -> TorchCascade:
     """The backbone alone."""
     order.take_options()
     sdn = network_for(order)
     cost = sdn.costs.relative([])[-1].item()
-    return Cascade(PlainStage(sdn, order.example_inputs), [cost], micro_batch=order.micro_batch)
+    return TorchCascade(PlainStage(sdn, order.example_inputs), [cost], micro_batch=order.micro_batch)
