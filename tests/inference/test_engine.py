@@ -15,6 +15,12 @@ from torch import nn
 import shallowdeep as sd
 from shallowdeep.errors import ConfigError, DataError, NetworkError, UnknownName
 from shallowdeep.inference import torch_stages
+from shallowdeep.inference.backends import BACKENDS as BACKENDS_BY_NAME
+from shallowdeep.inference.backends import Order
+from shallowdeep.inference.onnx import onnxruntime as onnx_back_end
+from shallowdeep.inference.onnx.onnxruntime import build_onnx, provider_for
+from shallowdeep.inference.onnx.openvino import device_for
+from shallowdeep.inference.runner import RunnerError
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 
 BACKENDS = ["eager", "stages"]
@@ -233,14 +239,19 @@ def test_an_abandoned_stream_ends_its_thread(small, images):
             read.append(number)
             yield images
 
-    stream = sd.Engine(small, sd.Confidence(0.6)).stream(batches())
+    slow = copy.deepcopy(small)
+    slow.backbone.second.register_forward_pre_hook(lambda *_: time.sleep(0.5))  # behind the first that leave
+    before = set(threading.enumerate())
+    stream = sd.Engine(slow, sd.Confidence(0.6)).stream(batches())
     next(stream)
+    begun = set(threading.enumerate()) - before
+    assert len(begun) == 1
     stream.close()
     count = len(read)
     assert count < 1000
+    assert not begun & set(threading.enumerate())  # close waits for its end
     time.sleep(0.05)
     assert len(read) == count
-    assert not [thread for thread in threading.enumerate() if thread.daemon and "_handed_out" in thread.name]
 
 
 def test_a_stream_that_nothing_comes_from_can_be_left(small, images):
@@ -377,6 +388,105 @@ def test_options_are_checked_when_the_engine_is_made(small):
         sd.Engine(small, sd.Confidence(0.6, exits=(0, 9)))
     with pytest.raises(ConfigError, match="does not know spin: it has no options"):
         sd.Engine(small, sd.Confidence(0.6), spin=True)(torch.zeros(1, 3, 16, 16))
+
+
+# Many samples
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ten_thousand_samples_are_answered_in_their_order(backend):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+        many = torch.randn(10_000, 4)
+        sdn = sd.attach(net, many[:2], taps=["1", "3"]).eval()
+    sure = torch.stack([logits.softmax(-1).amax(-1) for logits in sd.record(sdn, [many]).logits[:-1]])
+    policy = sd.Confidence(sure.median().item())
+    decisions = sd.replay(sd.record(sdn, [many]), policy)
+    assert all(share > 0.1 for share in decisions.exit_shares)
+    engine = sd.Engine(sdn, policy, backend=backend, micro_batch=1024)
+    answers = engine(many)
+    assert answers.ids.tolist() == list(range(10_000))
+    firm = ((sure - policy.threshold).abs() > 1e-6).all(0).numpy()  # beside rounding
+    assert firm.sum() > 9_900
+    np.testing.assert_array_equal(answers.exits[firm], decisions.exits.numpy()[firm])
+    np.testing.assert_allclose(answers.scores[firm], decisions.scores.numpy()[firm], atol=1e-5)
+    parts = list(engine.stream(many.split(3000)))
+    ids, exits = (np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "exits"))
+    assert sorted(ids.tolist()) == list(range(10_000))
+    np.testing.assert_array_equal(exits[np.argsort(ids)][firm], decisions.exits.numpy()[firm])
+
+
+# Where it computes
+
+
+ORT_CPU, ORT_GPU = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+
+@pytest.mark.parametrize(
+    ("device", "available", "provider"),
+    [
+        ("cpu", [ORT_CPU], ORT_CPU),
+        ("cpu", ["TensorrtExecutionProvider", ORT_GPU, ORT_CPU], ORT_CPU),
+        ("cuda", [ORT_GPU, ORT_CPU], (ORT_GPU, {"device_id": 0})),
+        ("cuda:3", [ORT_CPU, ORT_GPU], (ORT_GPU, {"device_id": 3})),
+    ],
+)
+def test_onnx_runtime_computes_where_the_network_is(device, available, provider):
+    assert provider_for(torch.device(device), available) == provider
+
+
+def test_onnx_runtime_without_the_networks_device_says_what_is_missing():
+    with pytest.raises(
+        ConfigError,
+        match=r"on cuda:1 needs CUDAExecutionProvider, which comes with onnxruntime-gpu; this onnxruntime has "
+        r'CPUExecutionProvider\. Install onnxruntime-gpu .* or compute on the CPU: sdn\.to\("cpu"\)',
+    ):
+        provider_for(torch.device("cuda:1"), [ORT_CPU])
+    with pytest.raises(ConfigError, match=r"on mps needs a provider named by providers=; .*CoreML.*\. Name one, or"):
+        provider_for(torch.device("mps"), ["CoreMLExecutionProvider", ORT_CPU])
+
+
+def test_openvino_computes_where_the_network_is():
+    assert device_for(torch.device("cpu"), ["CPU", "GPU"]) == "CPU"
+    with pytest.raises(ConfigError, match=r'not compute on cuda:0; OpenVINO has CPU, GPU here\. .*sdn\.to\("cpu"\)'):
+        device_for(torch.device("cuda:0"), ["CPU", "GPU"])
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_no_back_end_goes_to_another_device_by_itself(small, images, backend):
+    """PyTorch's device without contents stands for a GPU."""
+    pytest.importorskip({"onnx": "onnxruntime", "openvino": "openvino"}[backend])
+    order = Order(copy.deepcopy(small).to("meta"), sd.Confidence(0.6), "fp32", images)
+    with pytest.raises(ConfigError, match=r"on meta.* or compute on the CPU"):
+        BACKENDS_BY_NAME[backend].build(order)
+
+
+@pytest.mark.parametrize(
+    ("providers", "asked"),
+    [
+        (None, (ORT_GPU, {"device_id": 2, "use_tf32": 0})),
+        ([ORT_GPU], (ORT_GPU, {"device_id": 2, "use_tf32": 0})),
+        ([(ORT_GPU, {"device_id": 1})], (ORT_GPU, {"device_id": 1, "use_tf32": 0})),
+        ([ORT_CPU], ORT_CPU),
+    ],
+)
+def test_a_provider_that_was_asked_for_is_taken(small, images, monkeypatch, providers, asked):
+    runtime = pytest.importorskip("onnxruntime")
+    given = []
+
+    def stages(files, exits, thresholds, settings):
+        given.append(settings.numbered)
+        raise RunnerError("no GPU here")
+
+    monkeypatch.setattr(runtime, "get_available_providers", lambda: [ORT_GPU, ORT_CPU])
+    monkeypatch.setattr(onnx_back_end, "OnnxStages", stages)
+    monkeypatch.setattr(onnx_back_end, "models_for", lambda order, *_: ([], order.policy))
+    monkeypatch.setattr(Order, "device", torch.device("cuda:2"))
+    options = {} if providers is None else {"providers": providers}
+    with pytest.raises(ConfigError, match="no GPU here"):
+        build_onnx(Order(small, sd.Confidence(0.6), "fp32", images, options=options))
+    assert given == [[asked]]
 
 
 # Recording by the engine itself

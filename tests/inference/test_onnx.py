@@ -1,7 +1,10 @@
 """Exported stages and self-exiting files: they decide as the replay of a Trace does."""
 
 import copy
+import dataclasses
 import json
+import shutil
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,9 +18,22 @@ import shallowdeep as sd
 from shallowdeep.errors import ConfigError, NetworkError, UnknownName
 from shallowdeep.inference import runner
 from shallowdeep.inference.onnx import export as onnx_export
+from shallowdeep.inference.onnx import parity
 from shallowdeep.inference.onnx.convert import as_typed
 from shallowdeep.inference.onnx.export import export
-from shallowdeep.inference.runner import FORMS, Cascade, OnnxStages, Runner, Settings
+from shallowdeep.inference.onnx.manifest import write_laziness
+from shallowdeep.inference.runner import (
+    FORMS,
+    Bench,
+    Cascade,
+    Device,
+    Latency,
+    OnnxStages,
+    Runner,
+    Settings,
+    Timing,
+    read_manifest,
+)
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -126,7 +142,9 @@ def test_the_manifest_says_what_there_is(exported, parting, seen):
     assert manifest["parity"]["rows"] == 8
     assert len(manifest["parity"]["exits_used"]) >= 3
     assert 0 < manifest["parity"]["logits"] < 1e-5
-    assert {entry["form"]: entry["ratio"] > 0 for entry in manifest["laziness"]} == {"single": True, "batched": True}
+    (lazy,) = manifest["laziness"].values()
+    assert {entry["form"]: entry["ratio"] > 0 for entry in lazy} == {"single": True, "batched": True}
+    assert list(manifest["laziness"]) == ["CPUExecutionProvider"]
     assert {path.name for path in out.folder.iterdir()} == set(out.files)
     assert "within" in str(out)
     assert "single.onnx: leaving at the first exit takes" in str(out)
@@ -139,41 +157,110 @@ def test_files_say_nothing_of_this_machine(exported):
         assert str(out.folder.parent).encode() not in path.read_bytes(), path
 
 
-def test_a_sample_that_leaves_runs_nothing_deeper(exported, images, tmp_path):
+@pytest.mark.parametrize(("form", "rows"), [("single", 1), ("batched", 40)])
+def test_nothing_deeper_runs_when_nobody_goes_on(exported, images, tmp_path, form, rows):
     """What ran, by ONNX Runtime's own profile."""
     _, out = exported
-    options = onnxruntime.SessionOptions()
-    options.enable_profiling = True
-    options.intra_op_num_threads = 1
-    options.profile_file_prefix = str(tmp_path / "profile")
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # keeps nodes' names
-    session = onnxruntime.InferenceSession(out.folder / "single.onnx", options, providers=["CPUExecutionProvider"])
-    ((name, number),) = out.manifest["extremes"]["early"].items()
-    kind = np.int64 if name == "patience" else np.float32
-    session.run(None, {"inputs": images[:1].numpy(), name: np.array(number, kind)})
-    events = json.loads(Path(session.end_profiling()).read_text())
-    ran = [event["name"] for event in events if event.get("cat") == "Node"]
-    assert any(one.startswith("stage_0/") for one in ran)
-    assert not [one for one in ran if one.startswith("stage_1/")]
-
-
-def test_nothing_runs_on_no_row(exported, images):
-    """A batch that leaves as a whole at the first exit."""
-    _, out = exported
-    early = out.manifest["extremes"]["early"]
-    answers = Runner(out.folder, "batched", thresholds=early)(images.numpy())
+    early, late = (stages_run(out, form, way, images[:rows], tmp_path / way) for way in ("early", "late"))
+    assert early == {"stage_0"}
+    assert late == {f"stage_{place}" for place in range(len(out.manifest["stages"]))}
+    answers = Runner(out.folder, form, thresholds=out.manifest["extremes"]["early"])(images.numpy())
     assert set(answers.exits.tolist()) == {0}
     assert answers.scores.shape == (40, 5)
 
 
-def test_features_may_stay_in_the_run_times_own_arrays(exported, images, seen):
+def stages_run(out, form, way, images, prefix):
+    """The stages of a self-exiting file that some rows run through."""
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling = True
+    options.intra_op_num_threads = 1
+    options.profile_file_prefix = str(prefix)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # keeps nodes' names
+    session = onnxruntime.InferenceSession(out.folder / f"{form}.onnx", options, providers=["CPUExecutionProvider"])
+    ((name, number),) = out.manifest["extremes"][way].items()
+    kind = np.int64 if name == "patience" else np.float32
+    session.run(None, {"inputs": images.numpy(), name: np.array(number, kind)})
+    events = json.loads(Path(session.end_profiling()).read_text())
+    ran = [event["name"] for event in events if event.get("cat") == "Node"]
+    return {name.partition("/")[0] for name in ran if name.startswith("stage_")}
+
+
+def test_features_may_stay_in_the_run_times_own_arrays(exported, images, seen, monkeypatch):
     """The way of a GPU, on a CPU: values bound by ONNX Runtime instead of numpy's."""
     policy, out = exported
     one = Runner(out.folder, micro_batch=16, settings=ONE_THREAD)
-    one.cascade.stages.device = "cpu"
+    stages = one.cascade.stages
+    stages.device = Device("cpu", 0, ONE_THREAD)
     assert_decides_like(one(images.numpy()), sd.replay(seen, policy))
-    step = one.cascade.stages.run(0, {"inputs": images.numpy()})
-    assert not isinstance(step.values["features"], np.ndarray)
+    values = stages.run(0, {"inputs": images.numpy()}).values
+    assert not [name for name, value in values.items() if isinstance(value, np.ndarray)]
+    held, rows = {name: value.numpy() for name, value in values.items()}, np.array([5, 0, 5, 31])
+    with monkeypatch.context() as without:  # the way back to the host
+        without.delattr(onnxruntime.OrtValue, "numpy")
+        taken = stages.take(values, rows)
+        joined = stages.join([taken, values, taken])
+    for name, value in held.items():
+        np.testing.assert_array_equal(taken[name].numpy(), value[rows])
+        np.testing.assert_array_equal(joined[name].numpy(), np.concatenate([value[rows], value, value[rows]]))
+
+
+def test_rows_of_every_kind_are_moved_on_the_device():
+    device, rows = Device("cpu", 0, ONE_THREAD), np.array([2, 0, 2])
+    for kind in ("float32", "float64", "float16", "uint8", "int8", "int32", "int64", "bool"):
+        for shape in ((4,), (4, 3), (4, 2, 3, 3)):
+            value = np.random.default_rng(0).integers(0, 2, shape).astype(kind)
+            held = device.hold(value)
+            for found, expected in (
+                (device.take(held, rows), value[rows]),
+                (device.join([held, held]), np.concatenate([value, value])),
+            ):
+                assert found.numpy().dtype == value.dtype
+                np.testing.assert_array_equal(found.numpy(), expected)
+
+
+def test_the_model_that_moves_rows_is_onnx():
+    for kind, inputs in (("Gather", ["tensor(float)", "tensor(int64)"]), ("Concat", ["tensor(bool)"] * 200)):
+        model = onnx.load_from_string(runner.one_node(kind, inputs))
+        (node,), graph = model.graph.node, model.graph
+        assert (node.op_type, node.attribute[0].name, node.attribute[0].i) == (kind, "axis", 0)
+        assert [*node.input, *node.output] == [value.name for value in (*graph.input, *graph.output)]
+        wanted = {"float": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64, "bool": onnx.TensorProto.BOOL}
+        found = [value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)]
+        assert found == [wanted[one[7:-1]] for one in (*inputs, inputs[0])]
+
+
+def test_a_gpu_is_chosen_by_its_number(monkeypatch):
+    opened = []
+
+    class Session:
+        def __init__(self, model, options, providers):
+            opened.append(providers)
+
+        def get_providers(self):
+            return ["CUDAExecutionProvider"]
+
+    available = ["CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"]
+    fake = types.SimpleNamespace(
+        get_available_providers=lambda: available,
+        SessionOptions=onnxruntime.SessionOptions,
+        InferenceSession=Session,
+        __version__="1",
+    )
+    monkeypatch.setattr(runner, "_onnxruntime", lambda: fake)
+    cuda = Settings(providers=("CUDAExecutionProvider", "CPUExecutionProvider"), device_id=2)
+    cuda.open(b"", "a stage")
+    assert opened == [[("CUDAExecutionProvider", {"device_id": 2, "use_tf32": 0}), "CPUExecutionProvider"]]
+    assert (cuda.device.kind, cuda.device.index) == ("cuda", 2)
+    own = Settings(providers=(("CUDAExecutionProvider", {"device_id": 1, "use_tf32": 1}),), device_id=2)
+    assert (own.numbered[0][1], own.device.index) == ({"device_id": 1, "use_tf32": 1}, 1)
+    engine = dataclasses.replace(cuda, providers=("TensorrtExecutionProvider",)).device
+    monkeypatch.setattr(Device, "run", lambda self, session, names, feeds, staying: [session])
+    monkeypatch.setattr(Device, "hold", lambda self, value: types.SimpleNamespace(data_type=lambda: "tensor(float)"))
+    engine.take(np.zeros(3, np.float32), np.array([1]))
+    assert opened[1:] == [[("CUDAExecutionProvider", {"device_id": 2, "use_tf32": 0})]]
+    assert Settings().device is None
+    with pytest.raises(runner.RunnerError, match="numbered from 0 on, got device_id=-1"):
+        Settings(device_id=-1).open(b"", "a stage")
 
 
 def test_an_engine_decides_like_the_folder(exported, parting, images, seen):
@@ -200,6 +287,50 @@ def test_openvino_runs_the_same_files(exported, images, seen, threads):
     with ThreadPoolExecutor(threads) as pool:
         for answers in pool.map(lambda _: cascade.answer({"inputs": images.numpy()}), range(2 * threads)):
             assert_decides_like(answers, sd.replay(seen, policy))
+
+
+def test_another_provider_may_be_timed_later(exported, tmp_path):
+    _, out = exported
+    folder = shutil.copytree(out.folder, tmp_path / "out")
+    latency = Latency((1,), ((1.0,),) * 3, ((0.1,),) * 3)
+    early_ms = {"stages": 2.0, "single": 9.8, "batched": 3.0}
+    own = tuple(Timing(form, 1, ms, 10.0, 0.2) for form, ms in early_ms.items())
+    write_laziness(folder, Bench("TensorrtExecutionProvider", own, latency))
+    again = tuple(dataclasses.replace(one, early_ms=5.0) for one in own)
+    for timings in (own, again):
+        write_laziness(folder, Bench("CUDAExecutionProvider", timings, latency))
+    manifest = read_manifest(folder)
+    laziness = manifest.pop("laziness")
+    before = json.loads((out.folder / "manifest.json").read_text())
+    assert manifest == {key: value for key, value in before.items() if key != "laziness"}
+    assert laziness["CPUExecutionProvider"] == before["laziness"]["CPUExecutionProvider"]
+    found = {
+        name: [(one["form"], one["ratio"], one["leaves_early"]) for one in entries]
+        for name, entries in laziness.items()
+        if name != "CPUExecutionProvider"
+    }
+    assert found == {
+        "TensorrtExecutionProvider": [("single", pytest.approx(0.98), False), ("batched", 0.3, True)],
+        "CUDAExecutionProvider": [("single", 0.5, True), ("batched", 0.5, True)],
+    }
+    assert laziness["TensorrtExecutionProvider"][0]["note"] == "this provider does not leave early: use the stages"
+    assert {path.name for path in folder.iterdir()} == set(out.files)  # nothing half-written is left
+    Runner(folder, "single")
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "laziness": []}))
+    with pytest.raises(runner.RunnerError, match=r"laziness = \[\] is not a mapping from names"):
+        write_laziness(folder, Bench("CPUExecutionProvider", own, latency))
+
+
+@pytest.mark.parametrize("threshold", [0.01, 0.5])
+def test_a_tie_is_no_decision_to_compare(threshold):
+    """Rows that lie within 1e-5 of a threshold, whatever its size, and such as do not."""
+    away = np.array([-3e-5, -0.5e-5, 0.5e-5, 3e-5])
+    sure = np.stack([threshold + away, np.full(4, 0.9)])
+    logits = [np.log(np.stack([p, *[(1 - p) / 200] * 200], axis=1)).astype(np.float32) for p in sure]
+    left, scores, firm = parity.decide(sd.Confidence(0.0, exits=(1,)), {"threshold": threshold}, logits, [1, 3])
+    assert left.tolist() == [3, 3, 1, 1]
+    assert firm.tolist() == [True, False, False, True]
+    np.testing.assert_allclose(scores[:, 0], [0.9, 0.9, *sure[0, 2:]], atol=1e-6)
 
 
 def test_threads_share_a_runner(exported, images, seen):
@@ -385,7 +516,8 @@ def of_transformers(kind):
     [
         "vit",
         "resnet",
-        *(pytest.param(name, marks=pytest.mark.long) for name in ("vgg16", "resnet56", "wrn32_4", "mobilenet")),
+        "mobilenet",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("vgg16", "resnet56", "wrn32_4")),
     ],
 )
 def test_networks_export(name, tmp_path):

@@ -6,6 +6,7 @@ import torch
 
 import shallowdeep as sd
 from shallowdeep.errors import ConfigError
+from shallowdeep.inference.onnx import export as onnx_export
 from shallowdeep.inference.onnx.convert import convert
 from shallowdeep.inference.onnx.export import export
 from shallowdeep.inference.onnx.quantize import MIN_ROWS, _reaching, body_nodes, quantize_stages
@@ -130,6 +131,35 @@ def test_an_export_says_how_far_int8_is_from_float(written):
     assert written.manifest["precision"] == "int8"
     assert written.manifest["bytes_of_fp32"] > 0
     assert b"QuantizeLinear" in (written.folder / "single.onnx").read_bytes()
+
+
+def largest_weight(folder):
+    """The largest weight of convolutions and matrix products in a folder's stages, as a whole number."""
+    models = [onnx.load(path) for path in sorted(folder.glob("stage_*.onnx"))]
+    weights = [one for model in models for one in model.graph.initializer if one.data_type == onnx.TensorProto.INT8]
+    return max(np.abs(onnx.numpy_helper.to_array(one).astype(int)).max() for one in weights if len(one.dims) > 1)
+
+
+def test_weights_have_as_many_bits_as_asked_for(written, floats, small, images, many, policy, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_export, "convert", lambda *args, **options: floats)  # as it was done before
+    options = {"example_inputs": images[:8], "precision": "int8", "calibration": many, "weight_bits": 8}
+    out = export(small, policy, tmp_path / "out", single=False, batched=False, **options)
+    assert 64 < largest_weight(out.folder) <= 128
+    assert 32 < largest_weight(written.folder) <= 64
+    assert (out.manifest["weight_bits"], written.manifest["weight_bits"]) == (8, 7)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "int8", "calibration": torch.zeros(2, 3, 16, 16), "weight_bits": 4}, "got weight_bits=4"),
+        ({"weight_bits": 8}, "weight_bits= is for precision='int8', not for 'fp32'"),
+    ],
+)
+def test_other_numbers_of_bits_are_refused(small, images, policy, tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        export(small, policy, tmp_path / "out", example_inputs=images[:2], **options)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The exported folder's runner: bad folders, bad input, its command line, and a machine without PyTorch."""
 
 import hashlib
+import importlib.util
 import json
 import re
 import shutil
@@ -90,6 +91,50 @@ def test_a_manifest_without_a_part_is_refused(folder):
     del manifest["costs"]
     path.write_text(json.dumps(manifest))
     with pytest.raises(RunnerError, match="does not say costs"):
+        Runner(folder)
+
+
+FIRST = {"file": "stage_0.onnx", "sha256": "0", "exit": 0, "inputs": ["inputs"], "outputs": ["stop"]}
+INPUT = {"name": "inputs", "dtype": "float32", "shape": [3, 16, 16], "range": [-1, 1]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stages": ["stage_0.onnx", "stage_1.onnx"]}, "stages[0] = 'stage_0.onnx' is not a mapping with file, sha256"),
+        ({"stages": [{key: FIRST[key] for key in FIRST if key != "file"}]}, "stages[0] does not say file"),
+        ({"stages": [{**FIRST, "file": 3}]}, "stages[0].file = 3 is not the name of a file in the folder"),
+        ({"stages": [{**FIRST, "file": "../stage_0.onnx"}]}, "'../stage_0.onnx' is not the name of a file in"),
+        ({"stages": [{**FIRST, "inputs": "inputs"}]}, "stages[0].inputs = 'inputs' is not a list of at least 1"),
+        ({"stages": []}, "stages = [] is not a list of at least 1"),
+        ({"stages": None}, "stages = None is not a list"),
+        ({"thresholds": None}, "thresholds = None is not a mapping from names"),
+        ({"thresholds": {"threshold": None}}, "thresholds.threshold = None is not a finite number"),
+        ({"costs": None}, "costs = None is not a list"),
+        ({"costs": [0.1, None]}, "costs[1] = None is not a number above 0"),
+        ({"costs": [0.1, float("nan")]}, "costs[1] = nan is not a number above 0"),
+        ({"costs": [0.1, 10**400]}, "is not a number above 0"),
+        ({"exits": ["0", "3"]}, "exits = ['0', '3'] is not a list of rising whole numbers"),
+        ({"exits": [3, 0]}, "exits = [3, 0] is not a list of rising whole numbers"),
+        ({"extremes": {"early": {"threshold": 0}}}, "extremes does not say late"),
+        ({"inputs": {"inputs": INPUT}}, "is not a list of at least 1"),
+        ({"inputs": [{**INPUT, "dtype": "float33"}]}, "inputs[0].dtype = 'float33' is not a type of numbers"),
+        ({"inputs": [{**INPUT, "shape": [3, "16", 16]}]}, "inputs[0].shape[1] = '16' is not a whole number above 0"),
+        ({"inputs": [{**INPUT, "range": None}]}, "inputs[0].range = None is not two finite numbers"),
+        ({"single": "single.onnx"}, "single = 'single.onnx' is not a mapping with file, sha256"),
+        ({"format": "1"}, "has format '1'; this runner reads up to 1"),
+        ({"format": True}, "has format True; this runner reads up to 1"),
+    ],
+)
+def test_a_malformed_manifest_is_named(folder, changes, message):
+    with pytest.raises(RunnerError, match=re.escape(message)) as raised:
+        Runner(rewritten(folder, **changes))
+    assert str(raised.value).endswith(("Export anew.", "Use the folder's own run.py."))
+
+
+def test_a_manifest_nested_too_deeply_is_refused(folder):
+    (folder / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(RunnerError, match="as JSON"):
         Runner(folder)
 
 
@@ -183,31 +228,38 @@ def test_a_provider_that_runs_both_branches_is_found_out():
     assert str(eager).endswith("this provider does not leave early: use the stages")
 
 
-WITHOUT = """
+ALONE = """
 import sys
+
+ALLOWED = {"numpy", "onnxruntime", "__main__", *sys.stdlib_module_names}
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "shallowdeep", "onnx"):
+        if name.partition(".")[0] not in ALLOWED:
             raise ImportError(f"{name} is not here")
 
 sys.meta_path.insert(0, Refuse())
-for name in ("torch", "shallowdeep"):
-    try:
-        __import__(name)
-    except ImportError:
-        continue
-    raise SystemExit(f"{name} was to be refused")
-sys.argv = [sys.argv[1], *sys.argv[2:]]
+for name in list(sys.modules):  # what came in while Python started
+    if name.partition(".")[0] not in ALLOWED:
+        del sys.modules[name]
 import runpy
+sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def run(folder, *arguments):
-    """The folder's own run.py, in a process in which there is no PyTorch."""
-    command = [sys.executable, "-c", WITHOUT, str(folder / "run.py"), *map(str, arguments)]
+def run(folder, *arguments, program="run.py"):
+    """The folder's own run.py, in a process in which there are numpy, onnxruntime and Python's own modules alone."""
+    command = [sys.executable, "-c", ALONE, str(folder / program), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder.parent, timeout=300)
+
+
+@pytest.mark.parametrize("name", ["torch", "shallowdeep", "onnx", "safetensors", "pydantic"])
+def test_nothing_else_can_be_imported_where_the_command_line_is_tried(tmp_path, name):
+    assert importlib.util.find_spec(name) is not None
+    (tmp_path / "imports.py").write_text(f"import {name}\n")
+    done = run(tmp_path, program="imports.py")
+    assert done.stderr.endswith(f"ImportError: {name} is not here\n")
 
 
 def test_the_command_line_answers_without_pytorch(folder, images, trace):
@@ -246,6 +298,10 @@ def test_the_command_line_says_what_is_wrong(folder):
         ([], "name a file of images"),
         ([folder / "flat.npy", "--set", "threshold"], "NAME=NUMBER"),
         ([folder / "flat.npy", "--provider", "NoSuchProvider"], "no provider NoSuchProvider"),
+        (
+            [folder / "flat.npy", "--folder", rewritten(shutil.copytree(folder, folder / "spoilt"), stages=["a"])],
+            "stages[0] = 'a' is not a mapping with file",
+        ),
     ]:
         done = run(folder, *arguments)
         assert (done.returncode, done.stdout) == (2, "")

@@ -1,6 +1,7 @@
 """Tuning: the fastest is kept, the precision never changes, and what cannot run is named with its reason."""
 
 import copy
+import importlib.util
 import json
 from dataclasses import replace
 
@@ -125,9 +126,52 @@ def test_medians_spread_and_ratios_are_those_of_what_was_timed(sdn, images, take
 
 
 def test_it_says_so_where_exits_do_not_pay(sdn, images, takes):
-    takes(lambda lane: 3.0 if lane.has_exits else 2.0)
-    found = make(sdn, images).tune(4, backends=TORCH, repeats=1)
-    assert str(found).endswith("exits do not pay here: the fastest network without them takes 2.00 ms.")
+    takes(lambda lane: 3.0 if lane.has_exits else 2.0 if lane.backend == "plain" else 2.5)
+    engine = make(sdn, images)
+    found = engine.tune(4, backends=TORCH, repeats=1)
+    assert str(found).splitlines()[-1] == (
+        "exits do not pay here: eager takes 3.00 ms with them, 1.50 times the 2.00 ms of the fastest network without "
+        "(plain). tune(allow_plain=True) lets the engine go on without them; the last exit then answers everything."
+    )
+    assert found.exits_ratio == 1.5
+    assert found.chosen.leaves_early
+    assert len(set(engine(images).exits)) > 1  # the policy's answers, as nobody allowed others
+
+
+@pytest.mark.parametrize("fastest", ["plain", "stages"])
+def test_it_goes_on_without_exits_where_that_is_faster_and_allowed(sdn, images, takes, fastest):
+    milliseconds = {"plain": 2.5, "stages": 2.5, fastest: 2.0}
+    ran = takes(lambda lane: 3.0 if lane.has_exits else milliseconds[lane.backend])
+    engine = make(sdn, images)
+    assert engine.exits == [0, 1, 2]
+    found = engine.tune(4, backends=TORCH, repeats=1, allow_plain=True)
+    assert (found.chosen.backend, found.chosen.leaves_early, found.chosen.ms) == (fastest, False, 2.0)
+    assert (engine.backend, engine.exits, engine.latency) == (fastest, [2], None)
+    expected = record(sdn, [images]).logits[-1].softmax(-1)
+    np.testing.assert_allclose(engine(images).scores, expected.numpy(), atol=1e-6)
+    assert set(engine(images).exits) == {2}
+    assert str(found).splitlines()[2].split()[:4] == [fastest, "32", "no", "exits"]
+    assert str(found).splitlines()[-1] == (
+        "exits do not pay here: eager takes 3.00 ms with them, 1.50 times the 2.00 ms of the fastest network without "
+        f"({fastest}). The engine goes on without them: the last exit answers everything."
+    )
+    ran.clear()
+    again = make(sdn, images)
+    assert again.tune(4, backends=TORCH, repeats=1, allow_plain=True) == replace(found, from_cache=True)
+    assert (ran, again.backend) == ([], fastest)
+    np.testing.assert_array_equal(again(images).scores, engine(images).scores)
+    assert engine.tune(4, backends=TORCH, repeats=1).chosen.leaves_early  # the policy was not forgotten
+    assert len(set(engine(images).exits)) > 1
+
+
+def test_exits_stay_where_they_are_as_fast(sdn, images, takes):
+    takes(lambda lane: 2.0)
+    engine = make(sdn, images)
+    found = engine.tune(4, backends=TORCH, repeats=1, allow_plain=True)
+    assert found.chosen.leaves_early
+    assert found.exits_ratio == 1.0
+    assert "do not pay" not in str(found)
+    assert len(set(engine(images).exits)) > 1
 
 
 def test_lanes_are_timed_in_turns(sdn, images, takes):
@@ -220,9 +264,49 @@ def test_what_cannot_run_is_left_out_with_its_reason(sdn, images, monkeypatch, e
     assert engine.backend == "eager"
 
 
-def test_a_mistake_of_ours_is_not_hidden(sdn, images, monkeypatch):
-    monkeypatch.setattr(torch_stages, "build_stages", lambda order: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+FAILURES = [torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), RuntimeError("[ONNXRuntimeError] : 6")]
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("after", [0, 4])
+def test_a_run_time_that_fails_ends_no_tuning(sdn, images, monkeypatch, error, after):
+    """While it is prepared, and while it is timed: of stages four lanes and their first run come before."""
+    ran, original = [], tune._Lane.run
+
+    def run(lane):
+        ran.extend([lane.backend] if lane.backend == "stages" else [])
+        if len(ran) > 2 * after:
+            raise error
+        return original(lane)
+
+    engine = make(sdn, images)
+    monkeypatch.setattr(tune._Lane, "run", lambda lane: run(lane) if lane.backend == "stages" else original(lane))
+    found = engine.tune(4, backends=TORCH, repeats=5)
+    assert found.left_out == {"stages": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+    assert {way.backend for way in found.ways} == {"eager"}
+    assert engine.backend == "eager"
+    ran.clear()
+    with pytest.raises(ConfigError, match=f"no back end can run here: stages: {type(error).__name__}"):
+        engine.tune(4, backends=["stages"], repeats=5)
+
+
+def test_a_plain_network_that_fails_is_left_out_as_well(sdn, images, monkeypatch):
+    def build(order):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch_stages, "build_plain", build)
+    found = make(sdn, images).tune(4, backends=TORCH, repeats=1)
+    assert found.left_out == {"plain": "OutOfMemoryError: CUDA out of memory"}
+    assert found.plain_ms is None
+    assert {way.backend: way.plain_ms is None for way in found.ways} == {"eager": True, "stages": False}
+
+
+def test_whoever_interrupts_is_obeyed(sdn, images, monkeypatch):
+    def build(order):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch_stages, "build_stages", build)
+    with pytest.raises(KeyboardInterrupt):
         make(sdn, images).tune(4, backends=TORCH, repeats=1)
 
 
@@ -244,6 +328,85 @@ def test_the_precision_stays(sdn, images):
     assert found.precision == engine.precision == "bf16"
     assert found.left_out == {"onnx": "it runs in fp32, int8"}
     assert engine.backend == "eager"
+
+
+@pytest.fixture
+def onnx_there():
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+
+
+@pytest.mark.slow
+def test_int8_is_tuned_on_what_the_engine_was_calibrated_with(sdn, images, cache, onnx_there, monkeypatch):
+    from shallowdeep.inference.onnx import precisions
+
+    given, models, original = [], {}, precisions.models_for
+
+    def models_for(order, calibration, *more):  # of all back ends the same ones, which take a while to be made
+        given.append(calibration)
+        if order.policy not in models:
+            models[order.policy] = original(order, calibration, *more)
+        return models[order.policy]
+
+    for module in ("onnxruntime", "openvino"):
+        monkeypatch.setattr(f"shallowdeep.inference.onnx.{module}.models_for", models_for)
+    engine = Engine(sdn, Confidence(0.84), backend="onnx", precision="int8", calibration=images)
+    found = engine.tune(4, inputs=images, repeats=1)
+    assert (found.precision, found.plain_ms) == ("int8", None)
+    have = importlib.util.find_spec("openvino") is not None
+    assert {way.backend for way in found.ways} == ({"onnx", "openvino"} if have else {"onnx"})
+    assert found.left_out["eager"] == found.left_out["plain"] == "it runs in fp32, bf16"
+    assert all(calibration is images for calibration in given)
+    assert len(given) == (4 if have else 2)  # each with exits and without
+    assert all(way.plain_ms > 0 for way in found.ways)
+    assert "plain: left out, it runs in fp32, bf16" in str(found)
+    assert json.loads(next(cache.iterdir()).read_text())["plain_ms"] is None
+    own = engine.record([images])
+    np.testing.assert_array_equal(engine(images).exits, replay(own, engine.policy).exits.numpy())
+
+
+def test_what_int8_is_calibrated_on_is_part_of_the_case(sdn, images):
+    """However large, and wherever two sets of inputs differ."""
+    many = torch.zeros(40, 1, 30, 30)
+    other = many.clone()
+    other[20, 0, 15, 15] = 1  # which the tensor's own text leaves out
+    assert str(many) == str(other)
+
+    def key(calibration, **options):
+        order = replace(make(sdn, images)._order, calibration=calibration)
+        return make_task(order, 4, backends={"onnx": options}).key()
+
+    assert len({key(many), key(other), key(None)}) == 3
+    assert key(many) == key(many.clone()) == key({"inputs": many})  # by name or not, they are the same inputs
+    assert key(None, table=many) != key(None, table=other)  # no option is shortened either
+    assert key(None, table=many.numpy()) != key(None, table=other.numpy())
+
+
+@pytest.mark.parametrize("backend", ["eager", "onnx"])
+def test_calibration_is_for_int8_alone(sdn, images, backend):
+    engine = Engine(sdn, Confidence(0.84), backend=backend, calibration=images)
+    for use in (engine.prepare, engine, lambda inputs: engine.tune(4, inputs=inputs)):
+        with pytest.raises(ConfigError, match="calibration= is for precision='int8', not for 'fp32'"):
+            use(images)
+
+
+def test_int8_without_calibration_is_not_tuned(sdn, images):
+    engine = Engine(sdn, Confidence(0.84), backend="onnx", precision="int8")
+    with pytest.raises(ConfigError, match=r"^int8 is calibrated on real inputs\. Pass calibration="):
+        engine.tune(4, inputs=images)
+
+
+def test_a_run_time_without_the_networks_device_is_left_out(sdn, images, onnx_there, monkeypatch):
+    from shallowdeep.inference.onnx import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "PROVIDERS", {"cpu": "CUDAExecutionProvider"})  # as if there were a GPU
+    engine = make(sdn, images)
+    found = engine.tune(4, backends=["eager", "onnx"], repeats=1)
+    assert engine.backend == "eager"
+    assert found.left_out["onnx"].startswith(
+        "backend='onnx' on cpu needs CUDAExecutionProvider, which comes with onnxruntime-gpu; this onnxruntime has"
+    )
+    assert found.left_out["onnx"].endswith('or compute on the CPU: sdn.to("cpu").')
 
 
 def test_a_choice_is_found_again(sdn, images, cache, takes):
@@ -340,6 +503,17 @@ def test_the_table():
         ["plain", "5.00"],
         ["onnx:", "left", "out,", "not", "installed"],
     ]
+
+
+def test_the_table_without_a_plain_network():
+    ways = (TunedWay("onnx", 32, True, 2.0, 0.1, 1.0), TunedWay("onnx", 32, False, 3.0, 0.2, 1.0))
+    lines = str(Tuning(32, "int8", "cpu", 2, ways, None)).splitlines()
+    assert lines[2].split() == ["onnx", "32", "where", "it", "pays", "2.00", "0.10", "2.00", "-"]
+    assert len(lines) == 5
+    assert "2.00 times the 1.00 ms of the fastest network without (onnx)" in lines[-1]
+    alone = Tuning(32, "fp32", "cpu", 2, (TunedWay("eager", 32, False, 3.0, 0.2, None),), None)
+    assert alone.exits_ratio is None
+    assert "do not pay" not in str(alone)
 
 
 @pytest.mark.long

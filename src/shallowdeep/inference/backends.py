@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from shallowdeep.errors import ConfigError
-from shallowdeep.inference.runner import Answers, Latency, Leaving, Values
+from shallowdeep.errors import ConfigError, ShallowDeepError
+from shallowdeep.inference.runner import Answers, Latency, Leaving, RunnerError, Values
+from shallowdeep.networks.calls import first_line
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.policies.rules import Confidence, ExitPolicy, exits_of
 
@@ -73,6 +74,7 @@ class Order:
         example_inputs: built as the network takes them.
         micro_batch: rows run at a time; ``None``: what the back end is best at.
         options: of the back end.
+        calibration: inputs as the network takes them, on which ``"int8"`` is calibrated; ``None``: there are none.
     """
 
     sdn: ShallowDeepNetwork
@@ -81,6 +83,12 @@ class Order:
     example_inputs: Any
     micro_batch: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Any = None
+
+    @property
+    def device(self) -> torch.device:
+        """The network's."""
+        return next(self.sdn.parameters()).device
 
     @property
     def exits(self) -> list[int]:
@@ -134,3 +142,18 @@ BACKENDS = {
     "openvino": Backend("onnx.openvino:build_openvino", ("fp32", "bf16", "int8"), on_tensors=False),
     "plain": Backend("torch_stages:build_plain", ("fp32", "bf16")),
 }
+
+
+def why_not(error: Exception) -> str:
+    """Why a back end cannot run, for those who try several: any exception may be the reason, a run time raises its own.
+
+    Our own errors say what to do about it, and are given whole; of others their kind and first line.
+
+    >>> why_not(ConfigError("no such device. Name another."))
+    'no such device. Name another.'
+    >>> why_not(ZeroDivisionError("division by zero"))
+    'ZeroDivisionError: division by zero'
+    """
+    if isinstance(error, (ShallowDeepError, RunnerError, ImportError)):
+        return " ".join(str(error).split())
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -17,6 +17,7 @@ from shallowdeep.data.samples import Samples
 from shallowdeep.data.streams import as_samples
 from shallowdeep.errors import ConfigError, DataError, UnknownName
 from shallowdeep.inference.backends import BACKENDS, PRECISIONS, Driver, Order
+from shallowdeep.inference.onnx.precisions import check_calibration
 from shallowdeep.inference.runner import Answers, Latency, Values, collect
 from shallowdeep.inference.stages import as_values
 from shallowdeep.inference.tuning.result import Tuning
@@ -36,7 +37,8 @@ class Engine:
     ``engine.record`` gives (in ``"fp32"``, that ``record`` gives), but for ties within rounding.
 
     Args:
-        sdn: neither its weights nor its mode change. Its device is the engine's.
+        sdn: neither its weights nor its mode change. Its device is the engine's; a back end that does not compute
+            there says so, where its options name no other.
         policy: when to stop.
         backend: ``"eager"`` runs any attached network by its own code, threads taking turns; ``"stages"``,
             ``"compiled"``, ``"onnx"`` and ``"openvino"`` run an exported copy cut at the exits; ``"plain"`` runs
@@ -45,6 +47,7 @@ class Engine:
             otherwise: record it with ``engine.record`` and calibrate on that.
         micro_batch: rows run at a time; ``None``: what the back end is best at.
         example_inputs: what the network takes, of any batch size; ``None``: learnt from the first call.
+        calibration: for ``"int8"`` and that alone: inputs as the network takes them, real ones, some hundred rows.
         options: of the back end, such as ``threads``.
 
     Raises:
@@ -62,6 +65,7 @@ class Engine:
         precision: str = "fp32",
         micro_batch: int | None = None,
         example_inputs: Any = None,
+        calibration: Any = None,
         **options: Any,
     ):
         if backend not in BACKENDS:
@@ -80,8 +84,8 @@ class Engine:
         if micro_batch is not None and micro_batch < 1:
             raise ConfigError(f"a micro-batch has at least one row, got micro_batch={micro_batch}.")
         self.backend = backend
-        self.exits = exits_of(policy, sdn.num_exits)
-        self._order = Order(sdn, policy, precision, None, micro_batch, options)
+        exits_of(policy, sdn.num_exits)  # refuses those that are not there
+        self._order = Order(sdn, policy, precision, None, micro_batch, options, calibration)
         self._guard = threading.Lock()
         self._driver: Driver | None = None
         if example_inputs is not None:
@@ -96,6 +100,11 @@ class Engine:
     def policy(self) -> ExitPolicy:
         """When samples stop."""
         return self._order.policy
+
+    @property
+    def exits(self) -> list[int]:
+        """The exits at which samples may leave, the last among them; after ``tune(allow_plain=True)`` perhaps alone."""
+        return self._order.exits if self._driver is None else list(self._driver.exits)
 
     @property
     def precision(self) -> str:
@@ -120,10 +129,12 @@ class Engine:
 
         Raises:
             NetworkError: the back end cannot run this network.
+            ConfigError: not with these options or this ``calibration``, or not on the network's device.
             MissingExtra: it is not installed.
         """
         if self._driver is not None:
             return self
+        check_calibration(self.precision, self._order.calibration)
         self._learn(example_inputs)
         with taking_turns(self.sdn), self._guard:  # in the order in which a thread that runs the network has them
             if self._driver is None:
@@ -227,12 +238,14 @@ class Engine:
         exit_shares: Sequence[float] | None = None,
         backends: Iterable[str] | Mapping[str, Mapping[str, Any]] | None = None,
         repeats: int = 10,
+        allow_plain: bool = False,
         anew: bool = False,
         progress: bool = False,
     ) -> Tuning:
         """Time the back ends here, on batches of this size, and go on with the fastest of the same precision.
 
-        What was chosen is kept in the user's cache folder and found there again.
+        What was chosen is kept in the user's cache folder and found there again. A back end that fails is left out,
+        with its reason.
 
         Args:
             batch_size: rows of a batch.
@@ -242,13 +255,18 @@ class Engine:
             backends: those to try, by name; a mapping gives options to each. ``None``: all, the engine's own with
                 the options it was made with.
             repeats: the median counts.
+            allow_plain: go on without exits where that is faster than every way with them. The last exit then answers
+                all samples, which are other answers than the policy's. Not allowed, the engine keeps its exits, and
+                what is found says by how much they are slower (``exits_ratio``).
             anew: do not look for an earlier choice.
             progress: show how far it is, on a terminal.
 
         Raises:
-            ConfigError: an argument is not usable, or nothing says what inputs look like, or no back end runs here.
+            ConfigError: an argument is not usable, or nothing says what inputs look like, or ``"int8"`` has no
+                ``calibration``, or no back end runs here.
             DataError: the inputs are none for this engine.
         """
+        check_calibration(self.precision, self._order.calibration)
         if inputs is not None:
             self._learn(inputs)
             self._values(inputs, on_tensors=True)
@@ -263,12 +281,13 @@ class Engine:
             exit_shares=exit_shares,
             backends=backends,
             repeats=repeats,
+            allow_plain=allow_plain,
             progress=progress,
         )
         tuning, driver = tune(task, anew=anew)
         with self._guard:
             self.backend, self._driver = tuning.chosen.backend, driver
-            self._order = replace(self._order, options=task.backends[self.backend])
+            self._order = replace(self._order, options=task.backends.get(self.backend, {}))
         return tuning
 
     def ready(self, inputs: Any) -> tuple[Driver, Values]:

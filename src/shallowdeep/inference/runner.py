@@ -21,7 +21,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -117,6 +117,10 @@ class Stages(Protocol):
 
     def join(self, parts: Sequence[Values]) -> Values:
         """The rows of several values, one after another."""
+        ...
+
+    def wait(self) -> None:
+        """Wait until the device has done all that it was asked for."""
         ...
 
 
@@ -222,8 +226,9 @@ class Cascade:
         Args:
             batches: of inputs.
             refill: let the survivors of several batches wait at a stage for each other, where running them
-                together pays by the measured ``latency``; none waits for more than ``MAX_WAIT`` batches. When the next
-                batch cannot be read, those who wait are answered first.
+                together pays by the measured ``latency``, new samples at the first stage among them; none waits for
+                more than ``MAX_WAIT`` batches, but as long as those take to come. When the next batch cannot be read,
+                those who wait are answered first.
             plan: as for ``answer``.
         """
         waiting: list[list[_Group]] = [[] for _ in self.stages.exits]
@@ -268,6 +273,7 @@ class Cascade:
                 for stage in range(len(self.stages.exits)):
                     begin = time.perf_counter()
                     values = self.stages.take(values, picked)
+                    self.stages.wait()
                     taken = time.perf_counter()
                     step = self.stages.run(stage, values)
                     self.stages.fetch(step)
@@ -442,6 +448,9 @@ FORMS = ("stages", "single", "batched")
 OUT = "_out"  # what a stage gives to a later one is named as it is there, with this behind it
 DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
 """Providers on which features stay on the device from stage to stage; with others they pass through numpy."""
+EXACT = {"CUDAExecutionProvider": {"use_tf32": 0}}
+MOVERS: dict[str, str] = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
+"""Who picks and joins rows on a kind of device; TensorRT would build an engine for every number of them."""
 
 Provider = str | tuple[str, dict[str, Any]]
 
@@ -461,12 +470,31 @@ class Settings:
         shared_pool: all sessions share ONNX Runtime's global threads, as many as the first of them asked for. It is
             for the whole process: every session made later must say so as well. The fastest for programs that do
             nothing else.
+        device_id: number of the GPU, for providers whose own options do not say it.
     """
 
     threads: int = 0
     providers: tuple[Provider, ...] = ("CPUExecutionProvider",)
     spinning: bool = False
     shared_pool: bool = False
+    device_id: int = 0
+
+    @property
+    def numbered(self) -> list[Provider]:
+        """The providers; those of a GPU with its number, and without TF32, which they would take for float32."""
+        pairs = [(one, {}) if isinstance(one, str) else one for one in self.providers]
+        return [
+            (name, {"device_id": self.device_id, **EXACT.get(name, {}), **options}) if name in DEVICES else one
+            for one, (name, options) in zip(self.providers, pairs, strict=True)
+        ]
+
+    @property
+    def device(self) -> Device | None:
+        """Where features stay from stage to stage under the first provider; ``None``: they are numpy's."""
+        first = self.numbered[0]
+        if isinstance(first, str) or first[0] not in DEVICES:
+            return None
+        return Device(DEVICES[first[0]], int(first[1]["device_id"]), self)
 
     def open(self, model: str | Path | bytes, name: str) -> Any:
         """A session.
@@ -484,6 +512,8 @@ class Settings:
         if unknown or not asked:
             there = ", ".join(runtime.get_available_providers())
             raise RunnerError(f"no provider {', '.join(unknown) or 'is named'}. This onnxruntime has: {there}.")
+        if self.device_id < 0:
+            raise RunnerError(f"devices are numbered from 0 on, got device_id={self.device_id}.")
         options = runtime.SessionOptions()
         options.log_severity_level = 3
         if self.shared_pool:
@@ -497,7 +527,7 @@ class Settings:
             options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self.spinning else "0")
         try:
             source = model if isinstance(model, bytes) else str(model)
-            session = runtime.InferenceSession(source, options, providers=list(self.providers))
+            session = runtime.InferenceSession(source, options, providers=self.numbered)
         except Exception as error:  # whatever a damaged or too new model makes of being read
             why = " ".join(str(error).split())[-300:]  # what is wrong comes last, behind where that was found
             raise RunnerError(f"onnxruntime {runtime.__version__} does not open {name}: {why}") from error
@@ -514,11 +544,119 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
+@dataclass(frozen=True)
+class Device:
+    """Arrays of ONNX Runtime on a device, and what is done with their rows there.
+
+    ONNX Runtime has no operation outside a graph, so picking and joining rows are sessions of one node each, made
+    when they are first wanted.
+
+    Args:
+        kind: as ONNX Runtime calls it, a key of ``MOVERS``.
+        index: of several of a kind.
+        settings: of the sessions; their providers do not count.
+    """
+
+    kind: str
+    index: int
+    settings: Settings
+    _sessions: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def hold(self, value: Any) -> Any:
+        """An array of numpy's as one on the device; one that is there already as it is."""
+        if not isinstance(value, np.ndarray):
+            return value
+        return _onnxruntime().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), self.kind, self.index)
+
+    def run(self, session: Any, names: Sequence[str], feeds: Values, staying: Callable[[str], bool]) -> list[Any]:
+        """A session's outputs by name: of some that stay on the device, of others as numpy's."""
+        binding = session.io_binding()
+        for name, value in feeds.items():
+            binding.bind_ortvalue_input(name, self.hold(value))
+        for name in names:
+            binding.bind_output(name, *((self.kind, self.index) if staying(name) else ("cpu",)))
+        session.run_with_iobinding(binding)
+        return [v if staying(n) else v.numpy() for n, v in zip(names, binding.get_outputs(), strict=True)]
+
+    def take(self, value: Any, rows: np.ndarray) -> Any:
+        """Some rows of an array, by index."""
+        return self._move("Gather", [value, rows.astype(np.int64)])
+
+    def join(self, values: Sequence[Any]) -> Any:
+        """The rows of several arrays, one after another."""
+        return self._move("Concat", values)
+
+    def _move(self, kind: str, values: Sequence[Any]) -> Any:
+        held = [self.hold(value) for value in values]
+        types = tuple(value.data_type() for value in held)
+        if (kind, types) not in self._sessions:
+            own = replace(self.settings, providers=(MOVERS[self.kind],), device_id=self.index)
+            self._sessions[kind, types] = own.open(one_node(kind, types), kind)
+        feeds = {f"in_{place}": value for place, value in enumerate(held)}
+        return self.run(self._sessions[kind, types], ["out"], feeds, lambda name: True)[0]
+
+
+def take_rows(values: Values, rows: np.ndarray, device: Device | None = None) -> Values:
+    """Some rows of every value, by index: of numpy's arrays here, of others on their device."""
+    return {
+        name: value[rows] if device is None or isinstance(value, np.ndarray) else device.take(value, rows)
+        for name, value in values.items()
+    }
+
+
+def join_rows(parts: Sequence[Values], device: Device | None = None) -> Values:
+    """The rows of several values, one after another: of numpy's arrays here, of others on their device."""
+    joined: Values = {}
+    for name, first in parts[0].items():
+        some = [part[name] for part in parts]
+        joined[name] = np.concatenate(some) if device is None or isinstance(first, np.ndarray) else device.join(some)
+    return joined
+
+
+ELEMENTS = {"float": 1, "uint8": 2, "int8": 3, "uint16": 4, "int16": 5, "int32": 6, "int64": 7, "bool": 9}
+ELEMENTS |= {"float16": 10, "double": 11, "uint32": 12, "uint64": 13, "bfloat16": 16}
+"""ONNX's numbers of types of elements."""
+
+
+def one_node(kind: str, types: Sequence[str]) -> bytes:
+    """An ONNX file of one node that works along the first axis, written without the onnx package.
+
+    Args:
+        kind: of node: ``"Gather"`` or ``"Concat"``.
+        types: of its inputs ``"in_0"``, …, as ONNX Runtime calls them; ``"out"`` is of the first one's.
+
+    The numbers are those of the fields in ``onnx.proto``.
+    """
+    names = [f"in_{place}" for place in range(len(types))]
+    axis = _field(1, "axis") + _field(3, 0) + _field(20, 2)  # name, value, and that it is a whole number
+    node = b"".join(_field(1, name) for name in names) + _field(2, "out") + _field(4, kind) + _field(5, axis)
+    graph = _field(1, node) + _field(2, kind)
+    for place, name, type in [*((11, *pair) for pair in zip(names, types, strict=True)), (12, "out", types[0])]:
+        element = ELEMENTS[type.removeprefix("tensor(").removesuffix(")")]
+        graph += _field(place, _field(1, name) + _field(2, _field(1, _field(1, element))))  # of any shape
+    return _field(1, 8) + _field(8, _field(1, "") + _field(2, 13)) + _field(7, graph)  # IR version, opset, graph
+
+
+def _field(number: int, value: int | str | bytes) -> bytes:
+    """One field of a protobuf message."""
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    data = value.encode() if isinstance(value, str) else value
+    return _varint(number << 3 | 2) + _varint(len(data)) + data
+
+
+def _varint(number: int) -> bytes:
+    found = bytearray()
+    while number > 127:
+        found.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*found, number])
+
+
 class OnnxStages:
     """The stages of a network in ONNX Runtime, a session each (see ``Stages``).
 
-    On a GPU features stay there from stage to stage. ONNX Runtime has no gather outside a graph, so dropping
-    rows takes them through the host: measure, and let the table decide.
+    On a GPU features stay there from stage to stage, also where rows are dropped or joined.
 
     Args:
         models: shallow to deep, each a file or its bytes.
@@ -542,8 +680,7 @@ class OnnxStages:
             settings.open(model, f"stage {place}" if isinstance(model, bytes) else Path(model).name)
             for place, model in enumerate(models)
         ]
-        first = settings.providers[0]
-        self.device = DEVICES.get(first if isinstance(first, str) else first[0])
+        self.device = settings.device
         self._inputs = [[value.name for value in session.get_inputs()] for session in self.sessions]
         self._outputs = [[value.name for value in session.get_outputs()] for session in self.sessions]
         self._wanted = [
@@ -559,10 +696,15 @@ class OnnxStages:
 
     def run(self, stage: int, values: Values) -> Step:
         """Run one stage on at least one row."""
+        session, names, device = self.sessions[stage], self._outputs[stage], self.device
+        if device is not None:  # what later stages want too goes there once
+            values = {name: device.hold(v) if name in self._wanted[stage] else v for name, v in values.items()}
         feeds = {name: self._thresholds.get(name, values.get(name)) for name in self._inputs[stage]}
-        names = self._outputs[stage]
-        call = self._call if self.device is None else self._call_on_device
-        found = dict(zip(names, call(self.sessions[stage], names, feeds), strict=True))
+        if device is None:
+            outputs = session.run(names, feeds)
+        else:
+            outputs = device.run(session, names, feeds, lambda name: name.endswith(OUT))
+        found = dict(zip(names, outputs, strict=True))
         given = {name.removesuffix(OUT): value for name, value in found.items() if name.endswith(OUT)}
         kept = {name: value for name, value in values.items() if name in self._wanted[stage]}
         return Step({**kept, **given}, found["stop"], found["scores"], found["logits"])
@@ -573,38 +715,14 @@ class OnnxStages:
 
     def take(self, values: Values, rows: np.ndarray) -> Values:
         """Some rows of every value, by index."""
-        return {name: self._back(self._host(value)[rows], value) for name, value in values.items()}
+        return take_rows(values, rows, self.device)
 
     def join(self, parts: Sequence[Values]) -> Values:
         """The rows of several values, one after another."""
-        return {
-            name: self._back(np.concatenate([self._host(part[name]) for part in parts]), value)
-            for name, value in parts[0].items()
-        }
+        return join_rows(parts, self.device)
 
-    def _call(self, session: Any, names: list[str], feeds: Values) -> list[np.ndarray]:
-        return session.run(names, feeds)
-
-    def _call_on_device(self, session: Any, names: list[str], feeds: Values) -> list[Any]:
-        binding = session.io_binding()
-        for name, value in feeds.items():
-            binding.bind_ortvalue_input(name, self._onto_device(value))
-        for name in names:
-            binding.bind_output(name, self.device if name.endswith(OUT) else "cpu")
-        session.run_with_iobinding(binding)
-        outputs = binding.get_outputs()
-        return [v if n.endswith(OUT) else v.numpy() for n, v in zip(names, outputs, strict=True)]
-
-    def _onto_device(self, value: Any) -> Any:
-        if not isinstance(value, np.ndarray):
-            return value
-        return _onnxruntime().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), self.device, 0)
-
-    def _host(self, value: Any) -> np.ndarray:
-        return value if isinstance(value, np.ndarray) else value.numpy()
-
-    def _back(self, rows: np.ndarray, like: Any) -> Any:
-        return rows if isinstance(like, np.ndarray) else self._onto_device(rows)
+    def wait(self) -> None:
+        """Nothing is left to wait for: a session's run returns when its device is done."""
 
 
 def typed_thresholds(session: Any, thresholds: Mapping[str, float | int]) -> Values:
@@ -825,25 +943,136 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunnerError(f"no file {path}. Name a folder that shallowdeep exported.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunnerError(f"cannot read {path} as JSON ({error}). Export anew.") from None
     if not isinstance(manifest, dict) or manifest.get("kind") != "shallowdeep export":
         raise RunnerError(f"{path} is no manifest of a shallowdeep export.")
     version = manifest.get("format")
-    if not isinstance(version, int) or not 1 <= version <= FORMAT:
+    if type(version) is not int or not 1 <= version <= FORMAT:
         raise RunnerError(
-            f"{path} has format {version}; this runner reads up to {FORMAT}. Use the folder's own run.py."
+            f"{path} has format {_shown(version)}; this runner reads up to {FORMAT}. Use the folder's own run.py."
         )
-    missing = [key for key in ("exits", "costs", "thresholds", "inputs", "stages", *FORMS) if key not in manifest]
-    if missing:
-        raise RunnerError(f"{path} does not say {', '.join(missing)}. Export anew.")
-    ends = [stage.get("exit") for stage in manifest["stages"]]
-    if ends != manifest["exits"] or len(manifest["costs"]) != len(ends) or not ends:
+    for problem in (*_MANIFEST(manifest, ""), *_LAZINESS(manifest.get("laziness", {}), "laziness")):
+        raise RunnerError(f"{path}: {problem}. Export anew.")
+    exits, costs, ends = manifest["exits"], manifest["costs"], [stage["exit"] for stage in manifest["stages"]]
+    if ends != exits or len(costs) != len(ends):
         raise RunnerError(
-            f"{path} contradicts itself: exits {manifest['exits']}, stages that end at {ends}, "
-            f"{len(manifest['costs'])} costs. Export anew."
+            f"{path} contradicts itself: exits {exits}, stages that end at {ends}, {len(costs)} costs. Export anew."
         )
     return manifest
+
+
+_Check = Callable[[Any, str], Iterator[str]]
+"""A value of a manifest, and its name there, to what is wrong with it."""
+
+
+def _is(what: str, holds: Callable[[Any], bool]) -> _Check:
+    def check(value: Any, name: str) -> Iterator[str]:
+        if not holds(value):
+            yield f"{name} = {_shown(value)} is not {what}"
+
+    return check
+
+
+def _each(inner: _Check, *, least: int = 0) -> _Check:
+    def check(value: Any, name: str) -> Iterator[str]:
+        if not isinstance(value, list) or len(value) < least:
+            yield f"{name} = {_shown(value)} is not a list" + (f" of at least {least}" if least else "")
+            return
+        for place, one in enumerate(value):
+            yield from inner(one, f"{name}[{place}]")
+
+    return check
+
+
+def _named(inner: _Check) -> _Check:
+    def check(value: Any, name: str) -> Iterator[str]:
+        if not isinstance(value, dict):
+            yield f"{name} = {_shown(value)} is not a mapping from names"
+            return
+        for key, one in value.items():
+            yield from inner(one, f"{name}.{key}")
+
+    return check
+
+
+def _with(**parts: _Check) -> _Check:
+    def check(value: Any, name: str) -> Iterator[str]:
+        if not isinstance(value, dict):
+            yield f"{name} = {_shown(value)} is not a mapping with {', '.join(parts)}"
+            return
+        for key, inner in parts.items():
+            if key in value:
+                yield from inner(value[key], f"{name}.{key}" if name else key)
+            else:
+                yield f"{name or 'it'} does not say {key}"
+
+    return check
+
+
+def _or_none(inner: _Check) -> _Check:
+    return lambda value, name: iter(()) if value is None else inner(value, name)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _rises(value: Any) -> bool:
+    whole = isinstance(value, list) and bool(value) and all(type(one) is int for one in value)
+    return whole and value[0] >= 0 and value == sorted(set(value))
+
+
+def _is_dtype(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and np.dtype(value).kind in "biuf"
+    except TypeError:
+        return False
+
+
+def _is_range(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)) and value[0] <= value[1]
+
+
+_TEXT = _is("a text", lambda value: isinstance(value, str))
+_NUMBERS = _named(_is("a finite number", _is_number))
+_FILE = {
+    "file": _is("the name of a file in the folder", lambda value: isinstance(value, str) and value == Path(value).name),
+    "sha256": _TEXT,
+}
+_SIZE = _is("a whole number above 0", lambda value: type(value) is int and value > 0)
+_MANIFEST = _with(
+    exits=_is("a list of rising whole numbers", _rises),
+    costs=_each(_is("a number above 0", lambda value: _is_number(value) and value > 0)),
+    thresholds=_NUMBERS,
+    extremes=_or_none(_with(early=_NUMBERS, late=_NUMBERS)),
+    inputs=_each(
+        _with(
+            name=_TEXT,
+            dtype=_is("a type of numbers", _is_dtype),
+            shape=_each(_SIZE),
+            range=_is("two finite numbers, the smaller first", _is_range),
+        ),
+        least=1,
+    ),
+    stages=_each(
+        _with(
+            **_FILE,
+            exit=_is("a whole number", lambda value: type(value) is int),
+            inputs=_each(_TEXT, least=1),
+            outputs=_each(_TEXT, least=1),
+        ),
+        least=1,
+    ),
+    single=_or_none(_with(**_FILE)),
+    batched=_or_none(_with(**_FILE)),
+)
+_LAZINESS = _named(_each(_named(_is("a plain value", lambda value: not isinstance(value, dict | list)))))
 
 
 def checked_file(folder: Path, part: Mapping[str, Any]) -> Path:
@@ -1010,6 +1239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--provider", action="append", default=[], help="of onnxruntime (default: CPUExecutionProvider)"
     )
+    parser.add_argument("--device-id", type=int, default=0, help="number of the GPU (default: 0)")
     parser.add_argument("--threads", type=int, default=0, help="0: one for each core")
     parser.add_argument("--spinning", action="store_true", help="threads wait actively")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32], help="sizes to time")
@@ -1017,7 +1247,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         alone = hasattr(_onnxruntime(), "set_global_thread_pool_sizes")  # in this process: one pool for all sessions
-        settings = Settings(given.threads, tuple(given.provider) or ("CPUExecutionProvider",), given.spinning, alone)
+        providers = tuple(given.provider) or ("CPUExecutionProvider",)
+        settings = Settings(given.threads, providers, given.spinning, alone, given.device_id)
         if given.bench:
             print(bench(given.folder, sizes=given.batch, repeats=given.repeats, settings=settings))
             return 0

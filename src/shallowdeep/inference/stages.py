@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from shallowdeep.networks.taps import replaced, tapped
 from shallowdeep.policies.rules import ExitPolicy
 
 FEATURES = "features"
+EAGER = "Engine(…, backend='eager') runs any attached network."
 EXPORT_ROWS = 4  # rows of the example while exporting: PyTorch takes one row for a constant
 
 
@@ -159,7 +161,7 @@ def cut(
     inputs = map_tensors(lambda t: t.to(device), distinct_rows(example_inputs, EXPORT_ROWS))
     taken = [name for name in as_values(inputs) if name == FEATURES or name.startswith("state_")]
     if taken:
-        raise NetworkError(f"stages have inputs of their own named {', '.join(taken)}. Use backend='eager'.")
+        raise NetworkError(f"stages have inputs of their own named {', '.join(taken)}. {EAGER}")
     bodies = []
     with evaluating(sdn), without_autocast():
         features: Tensor | None = None
@@ -169,7 +171,7 @@ def cut(
             graph = _export(_Part(sdn, before, exit, inputs), features, values)
             names = ([] if features is None else [FEATURES]) + list(values)
             body = Body(exit, *_trimmed(graph, names))
-            _check_work(sdn, body, before, {FEATURES: features, **values}, rows=EXPORT_ROWS)
+            _check_work(sdn, body, before, _where(sdn, exit), {FEATURES: features, **values}, rows=EXPORT_ROWS)
             if fold:
                 fold_batch_norms(body.graph)
             bodies.append(body)
@@ -211,11 +213,25 @@ def _export(part: _Part, features: Tensor | None, values: dict[str, Tensor]) -> 
             exported = torch.export.export(part, (features, values), dynamic_shapes=shapes, strict=False)
             return exported.run_decompositions({}).module()  # nothing is decomposed; nothing works in place any more
     except Exception as error:  # whatever the network's own code makes of being traced
-        where = "the last exit" if part.is_last else f"exit {part.exit} ({part.sdn.taps[part.exit]})"
         raise NetworkError(
-            f"the stage up to {where} cannot be exported: {first_line(error)}. "
-            "Use backend='eager', which runs any attached network."
+            f"{_running(part.sdn, error)} cannot be exported: {first_line(error)}. It was met on the way to the stage "
+            f"up to {_where(part.sdn, part.exit)}, for which all of the network is traced. {EAGER}"
         ) from error
+
+
+def _running(sdn: ShallowDeepNetwork, error: BaseException) -> str:
+    """The innermost submodule that was running when an error arose."""
+    names = {module: name for name, module in sdn.named_modules() if name}
+    found = "the network"
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and module in names:
+            found = f"{names[module]} ({type(module).__name__})"
+    return found
+
+
+def _where(sdn: ShallowDeepNetwork, exit: int) -> str:
+    return "the last exit" if exit == sdn.num_exits - 1 else f"exit {exit} ({sdn.taps[exit]})"
 
 
 def _trimmed(module: fx.GraphModule, names: Sequence[str]) -> tuple[fx.GraphModule, tuple[str, ...]]:
@@ -256,7 +272,7 @@ def _attribute(module: nn.Module, name: str) -> Any:
 
 
 def _check_work(
-    sdn: ShallowDeepNetwork, body: Body, before: int | None, values: Mapping[str, Any], *, rows: int
+    sdn: ShallowDeepNetwork, body: Body, before: int | None, where: str, values: Mapping[str, Any], *, rows: int
 ) -> None:
     costs = sdn.costs
     expected = costs.backbone_flops[body.exit] + costs.head_flops[body.exit]
@@ -265,10 +281,11 @@ def _check_work(
         body.graph(*(values[name] for name in body.inputs))
     found = counter.get_total_flops() / rows
     if found > expected * 1.001:
-        wanted = ", ".join(name for name in body.inputs if name != FEATURES)
+        wanted = ", ".join(name for name in body.inputs if name != FEATURES) or "something made of weights alone"
+        past = "" if before is None else f" Something goes past {sdn.taps[before]}: choose another tap."
         raise NetworkError(
-            f"the stage up to exit {body.exit} wants {wanted} once more and would repeat work: {found:.0f} FLOPs a "
-            f"sample instead of {expected:.0f}. Something goes past the tap before it: choose another."
+            f"the stage up to {where} wants {wanted} once more and would repeat work: {found:.0f} FLOPs a "
+            f"sample instead of {expected:.0f}.{past} {EAGER}"
         )
 
 

@@ -146,11 +146,14 @@ def _convert(graph: _Graph, args: tuple[Tensor, ...], where: str, opset: int) ->
     except Exception as error:  # whatever the network's own code, or an operator without a translation, makes of it
         why = error.__cause__ if isinstance(error.__cause__, Exception) else error
         raise NetworkError(
-            f"the stage up to {where} has no ONNX form: {first_line(why)}. Use backend='eager' or 'compiled'."
+            f"the stage up to {where} has no ONNX form: {first_line(why)}. "
+            "Engine(…, backend='eager') or 'compiled' runs the network as it is."
         ) from error
     (found,) = (entry.version for entry in model.opset_import if entry.domain == "")
     if found != opset:
-        raise NetworkError(f"the stage up to {where} cannot be written in opset {opset}. Use opset={OPSET}.")
+        raise NetworkError(
+            f"the stage up to {where} cannot be written in opset {opset}. Use export(…, opset={OPSET}), the default."
+        )
     return StageModel(stage.exit, model)
 
 

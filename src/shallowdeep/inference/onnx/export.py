@@ -15,18 +15,19 @@ import torch
 from shallowdeep.errors import ConfigError, NetworkError, UnknownName
 from shallowdeep.inference import runner
 from shallowdeep.inference.onnx.convert import OPSET, as_typed, convert
-from shallowdeep.inference.onnx.fold import StageModel, fold
-from shallowdeep.inference.onnx.manifest import NOT_LAZY, describe, describe_timing
+from shallowdeep.inference.onnx.fold import StageModel, check_nesting, fold
+from shallowdeep.inference.onnx.manifest import NOT_LAZY, describe, describe_laziness
 from shallowdeep.inference.onnx.parity import Parity, check_folder, extremes_of
 from shallowdeep.inference.onnx.pixels import pixels_of
-from shallowdeep.inference.onnx.precisions import PRECISIONS, check_calibration, quantised
+from shallowdeep.inference.onnx.precisions import PRECISIONS, WEIGHT_BITS, check_calibration, quantised
 from shallowdeep.inference.runner import Runner, RunnerError, Settings, Timing
 from shallowdeep.inference.stages import thresholds_of
 from shallowdeep.networks.sdn import ShallowDeepNetwork
-from shallowdeep.policies.rules import ExitPolicy
+from shallowdeep.policies.rules import ExitPolicy, exits_of
 from shallowdeep.storage import making, write_json
 
 LAZINESS_REPEATS = 20
+PROVIDER = "CPUExecutionProvider"  # that an export is timed on; ``write_laziness`` adds others
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def export(
     batched: bool = True,
     opset: int = OPSET,
     class_names: Sequence[str] | None = None,
+    weight_bits: int | None = None,
 ) -> Export:
     """Write a network and its policy as a folder that runs without PyTorch.
 
@@ -94,6 +96,7 @@ def export(
         batched: write the self-exiting file for batches.
         opset: of ONNX operators.
         class_names: one per output, for whoever uses the folder.
+        weight_bits: of int8: 7 (``None`` means that), or 8, for processors with VNNI.
 
     Raises:
         ConfigError: the folder is not empty, or an option does not fit.
@@ -107,12 +110,14 @@ def export(
         raise UnknownName("precision of an export", precision, PRECISIONS)
     if class_names is not None and len(class_names) != sdn.num_outputs:
         raise ConfigError(f"{len(class_names)} class names do not fit {sdn.num_outputs} outputs.")
-    check_calibration(precision, calibration)
+    check_calibration(precision, calibration, weight_bits)
+    if single or batched:
+        check_nesting(len(exits_of(policy, sdn.num_exits)))
     pixels = None if preprocessing is None else pixels_of(preprocessing, example_inputs)
     policy = as_typed(policy)
     cut_up = convert(sdn, policy, example_inputs, pixels=pixels, opset=opset)
     floats = cut_up.models
-    models = floats if precision == "fp32" else quantised(cut_up, policy, calibration)
+    models = floats if precision == "fp32" else quantised(cut_up, policy, calibration, weight_bits)
     with making(folder) as partial:
         shutil.copyfile(runner.__file__, partial / "run.py")
         manifest = describe(sdn, policy, cut_up, precision, opset, class_names)
@@ -123,6 +128,7 @@ def export(
                 folded = fold(models, thresholds, batched=form == "batched")
                 manifest[form] = _write_model(partial, f"{form}.onnx", folded)
         if precision == "int8":
+            manifest["weight_bits"] = weight_bits or WEIGHT_BITS[0]
             manifest["bytes_of_fp32"] = sum(len(one.model.SerializeToString()) for one in floats)
         write_json(partial / runner.MANIFEST, manifest)
         try:
@@ -133,7 +139,7 @@ def export(
             timings = _laziness(partial, manifest)
         except RunnerError as error:
             raise NetworkError(f"what was exported does not run: {error}") from error
-        manifest["laziness"] = [describe_timing(timing) for timing in timings]
+        manifest["laziness"] = {PROVIDER: describe_laziness(timings)}
         write_json(partial / runner.MANIFEST, manifest)
         files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
     return Export(folder, files, parity, timings, manifest)
@@ -153,6 +159,6 @@ def _write_model(folder: Path, name: str, model: Any) -> dict[str, Any]:
 def _laziness(folder: Path, manifest: Mapping[str, Any]) -> tuple[Timing, ...]:
     if manifest["extremes"] is None:
         return ()
-    settings = Settings(threads=torch.get_num_threads())
+    settings = Settings(threads=torch.get_num_threads(), providers=(PROVIDER,))
     forms = [form for form in ("single", "batched") if manifest[form] is not None]
     return tuple(runner.time_leaving(Runner(folder, form, settings=settings), 1, LAZINESS_REPEATS) for form in forms)

@@ -116,6 +116,19 @@ class _Fold:
         return _if(part, prefix, f"{prefix}empty", then, _branch(f"{prefix}stay", inner, merged, merged_exits))
 
 
+def check_nesting(num_exits: int) -> None:
+    """Whether so many exits fit into one file, each inside the branch of the one before.
+
+    Raises:
+        NetworkError: they are too many.
+    """
+    if num_exits > NESTING:
+        raise NetworkError(
+            f"{num_exits} exits do not nest in one file, at most {NESTING} do. Let the policy look at fewer (its "
+            "exits=), or write the stages alone: export(…, single=False, batched=False)."
+        )
+
+
 def fold(stages: Sequence[StageModel], thresholds: Sequence[str], *, batched: bool) -> Any:
     """One model of all stages.
 
@@ -131,10 +144,7 @@ def fold(stages: Sequence[StageModel], thresholds: Sequence[str], *, batched: bo
         NetworkError: the stages differ in opset, or are too many.
     """
     helper = require("onnx.helper", extra="onnx")
-    if len(stages) > NESTING:
-        raise NetworkError(
-            f"{len(stages)} stages do not nest in one file, at most {NESTING} do. Pass single=False, batched=False."
-        )
+    check_nesting(len(stages))
     opsets = _opsets(stages)
     inputs = _inputs(stages, batched)
     known = {value.name: value.name for value in inputs}
@@ -175,7 +185,7 @@ def _opsets(stages: Sequence[StageModel]) -> list[Any]:
             if known.version != entry.version:
                 raise NetworkError(
                     f"stages differ in opset ({known.version} and {entry.version}) and do not fold into one file. "
-                    "Pass single=False, batched=False."
+                    "Write the stages alone: export(…, single=False, batched=False)."
                 )
     return list(versions.values())
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from shallowdeep.errors import require
 from shallowdeep.inference.onnx.convert import Converted
-from shallowdeep.inference.runner import FORMAT, Timing
+from shallowdeep.inference.runner import FORMAT, MANIFEST, Bench, Timing, read_manifest
 from shallowdeep.inference.stages import thresholds_of
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.policies.rules import ExitPolicy, exits_of
+from shallowdeep.storage import write_json
 
 NOT_LAZY = "this provider does not leave early: use the stages"
 
@@ -59,12 +61,34 @@ def describe(
     }
 
 
-def describe_timing(timing: Timing) -> dict[str, Any]:
-    """Whether a self-exiting file leaves early on this machine."""
-    return {
-        **dataclasses.asdict(timing),
-        "ratio": timing.ratio,
-        "provider": "CPUExecutionProvider",
-        "leaves_early": timing.leaves_early,
-        "note": "" if timing.leaves_early else NOT_LAZY,
-    }
+def describe_laziness(timings: Iterable[Timing]) -> list[dict[str, Any]]:
+    """Whether the self-exiting files leave early on one provider, one entry per form and batch size."""
+    return [
+        {
+            **dataclasses.asdict(timing),
+            "ratio": timing.ratio,
+            "leaves_early": timing.leaves_early,
+            "note": "" if timing.leaves_early else NOT_LAZY,
+        }
+        for timing in timings
+        if timing.form != "stages"
+    ]
+
+
+def write_laziness(folder: str | Path, bench: Bench) -> None:
+    """Write what a provider was timed at into an exported folder, as ``laziness[provider]`` of its manifest.
+
+    An earlier timing of the same provider is replaced, those of others are kept. The manifest says the hashes of the
+    other files and none of its own, so the folder stays valid; it is written whole or not at all.
+
+    Args:
+        folder: what ``export`` wrote.
+        bench: what ``runner.bench`` found there.
+
+    Raises:
+        RunnerError: the folder has no usable manifest.
+        OSError: it cannot be written.
+    """
+    manifest = read_manifest(Path(folder))
+    manifest["laziness"] = {**manifest.get("laziness", {}), bench.provider: describe_laziness(bench.timings)}
+    write_json(Path(folder) / MANIFEST, manifest)

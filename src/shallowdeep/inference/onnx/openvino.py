@@ -97,6 +97,9 @@ class OpenVinoStages:
         """The rows of several values, one after another."""
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
+    def wait(self) -> None:
+        """Nothing is left to wait for: a request's ``infer`` returns when its device is done."""
+
 
 def _check_device(core: Any, device: str, precision: str) -> None:
     if device not in core.available_devices:
@@ -107,15 +110,39 @@ def _check_device(core: Any, device: str, precision: str) -> None:
         raise ConfigError(f"OpenVINO's {device} has no {precision} here, only {', '.join(able)}.")
 
 
+def device_for(device: torch.device, available: Sequence[str]) -> str:
+    """OpenVINO's name of a network's device: it shares the CPU with PyTorch, and no other that one could be sure of.
+
+    Args:
+        device: the network's.
+        available: the devices that OpenVINO has.
+
+    Raises:
+        ConfigError: it has none that is the network's.
+    """
+    if device.type != "cpu":
+        raise ConfigError(
+            f"backend='openvino' does not compute on {device}; OpenVINO has {', '.join(available)} here. "
+            'Name one of these by device=, or compute on the CPU: sdn.to("cpu").'
+        )
+    return "CPU"
+
+
 def build_openvino(order: Order) -> Cascade:
     """Stages in OpenVINO.
 
-    Options: ``threads`` (``None``: as many as PyTorch uses), ``device``, and for int8 ``calibration``, inputs as the
-    network takes them.
+    Options: ``threads`` (``None``: as many as PyTorch uses), ``device`` (``None``: the network's, the CPU), and for
+    int8 ``weight_bits`` (see ``quantize_stages``).
+
+    Raises:
+        ConfigError: OpenVINO has not got the device, or not the precision on it.
+        NetworkError: the network has no ONNX form, or none in this precision, or OpenVINO does not take it.
     """
-    require("openvino", extra="openvino")
-    options = order.take_options("threads", "device", "calibration")
-    models, policy = models_for(order, options.pop("calibration", None))
+    openvino = require("openvino", extra="openvino")
+    options = order.take_options("threads", "device", "weight_bits")
+    if options.get("device") is None:
+        options["device"] = device_for(order.device, openvino.Core().available_devices)
+    models, policy = models_for(order, order.calibration, options.pop("weight_bits", None))
     threads = options.pop("threads", None)
     stages = OpenVinoStages(
         [model.model.SerializeToString() for model in models],

@@ -9,18 +9,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from shallowdeep.errors import NetworkError
 from shallowdeep.inference.onnx.convert import Converted
 from shallowdeep.inference.runner import Answers, Runner, Settings, made_up
-from shallowdeep.inference.stages import thresholds_of, with_thresholds
+from shallowdeep.inference.stages import thresholds_of
+from shallowdeep.inference.ties import nudged, with_numbers
 from shallowdeep.networks.calls import exact_float32
+from shallowdeep.policies.replay import replay
 from shallowdeep.policies.rules import ExitPolicy
+from shallowdeep.traces.trace import Trace
 
 TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order, through a hundred layers
 SCORES = 1e-4
-TIE = 1e-5  # a decision that turns when the numbers move by this much is none to compare
 MEDIANS = 4  # exits whose median confidence is tried as a threshold
 FAR = 1e6  # beyond every threshold
 
@@ -125,29 +126,21 @@ def decide(
     """What a policy with other numbers makes of logits.
 
     Returns:
-        Where each row leaves, the scores it is answered with, and whether that holds when numbers move a little.
+        Where each row leaves, the scores it is answered with, and whether that is no tie.
     """
-    left, scores = _steps(policy, numbers, logits, exits)
-    firm = np.ones(len(left), dtype=bool)
-    for factor in (1 - TIE, 1 + TIE):
-        moved = {name: value * factor if isinstance(value, float) else value for name, value in numbers.items()}
-        firm &= _steps(policy, moved, logits, exits)[0] == left
-    return left, scores, firm
+    trace = _as_trace(logits, exits)
+    found = replay(trace, with_numbers(policy, numbers))
+    firm = torch.ones(len(trace), dtype=torch.bool)
+    for moved in nudged(numbers):
+        firm &= replay(trace, with_numbers(policy, moved)).exits == found.exits
+    return found.exits.numpy(), found.scores.numpy(), firm.numpy()
 
 
-def _steps(
-    policy: ExitPolicy, numbers: Mapping[str, float | int], logits: Sequence[np.ndarray], exits: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    policy = with_thresholds(policy, {name: torch.tensor(number) for name, number in numbers.items()})
-    rows, outputs = logits[0].shape
-    state: tuple[Tensor, ...] = policy.start(rows, outputs)
-    left, scores = np.full(rows, -1), np.zeros((rows, outputs), dtype=np.float32)
-    for exit, one in zip(exits, logits, strict=True):
-        verdict = policy.step(state, torch.from_numpy(one), exit)
-        state = verdict.state
-        here = (left < 0) & (verdict.stop.numpy() | (exit == exits[-1]))
-        left[here], scores[here] = exit, verdict.scores.numpy()[here]
-    return left, scores
+def _as_trace(logits: Sequence[np.ndarray], exits: Sequence[int]) -> Trace:
+    """Logits at a policy's exits as a Trace of the whole network; nobody looks at the exits between, nor at costs."""
+    known = dict(zip(exits, logits, strict=True))
+    every = range(exits[-1] + 1)
+    return Trace.from_logits([known.get(exit, logits[-1]) for exit in every], costs=[exit + 1 for exit in every])
 
 
 def _settings(policy: ExitPolicy, logits: Sequence[np.ndarray], exits: Sequence[int]) -> list[dict[str, float | int]]:

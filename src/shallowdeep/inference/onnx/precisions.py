@@ -15,21 +15,28 @@ from shallowdeep.inference.stages import as_values, thresholds_of
 from shallowdeep.policies.rules import ExitPolicy
 
 PRECISIONS = ("fp32", "int8")
+WEIGHT_BITS = (7, 8)  # of int8; in 8 bits products saturate on processors without VNNI
 
 
-def check_calibration(precision: str, calibration: Any) -> None:
-    """Inputs to calibrate on are given for int8, and for that alone.
+def check_calibration(precision: str, calibration: Any, weight_bits: int | None = None) -> None:
+    """Inputs to calibrate on, and bits of weights, are given for int8, and for that alone.
 
     Raises:
-        ConfigError: they are missing, or given for another precision.
+        ConfigError: inputs are missing, one is given for another precision, or weights have no such number of bits.
     """
+    if weight_bits is not None and precision != "int8":
+        raise ConfigError(f"weight_bits= is for precision='int8', not for {precision!r}.")
+    if weight_bits is not None and weight_bits not in WEIGHT_BITS:
+        raise ConfigError(f"weights of int8 have 7 bits or 8, got weight_bits={weight_bits!r}.")
     if precision != "int8" and calibration is not None:
         raise ConfigError(f"calibration= is for precision='int8', not for {precision!r}.")
     if precision == "int8" and calibration is None:
         raise ConfigError("int8 is calibrated on real inputs. Pass calibration=, some hundred of them.")
 
 
-def quantised(converted: Converted, policy: ExitPolicy, calibration: Any) -> list[StageModel]:
+def quantised(
+    converted: Converted, policy: ExitPolicy, calibration: Any, weight_bits: int | None = None
+) -> list[StageModel]:
     """The stages in int8.
 
     Raises:
@@ -39,12 +46,16 @@ def quantised(converted: Converted, policy: ExitPolicy, calibration: Any) -> lis
     if values.keys() != converted.examples.keys():
         raise ConfigError(f"the network takes {', '.join(converted.examples)}; calibration has {', '.join(values)}.")
     arrays = {name: value.numpy() for name, value in converted.as_exported(values).items()}
-    return quantize_stages(converted.models, thresholds_of(policy), arrays, threads=torch.get_num_threads())
+    bits = WEIGHT_BITS[0] if weight_bits is None else weight_bits
+    threads = torch.get_num_threads()
+    return quantize_stages(converted.models, thresholds_of(policy), arrays, threads=threads, weight_bits=bits)
 
 
-def models_for(order: Order, calibration: Any) -> tuple[list[StageModel], ExitPolicy]:
+def models_for(order: Order, calibration: Any, weight_bits: int | None = None) -> tuple[list[StageModel], ExitPolicy]:
     """The stages that an order asks for as ONNX models, and its policy as it is in them."""
-    check_calibration(order.precision, calibration)
+    check_calibration(order.precision, calibration, weight_bits)
     policy = as_typed(order.policy)
     converted = convert(order.sdn, policy, order.example_inputs)
-    return (quantised(converted, policy, calibration) if order.precision == "int8" else converted.models), policy
+    if order.precision == "int8":
+        return quantised(converted, policy, calibration, weight_bits), policy
+    return converted.models, policy

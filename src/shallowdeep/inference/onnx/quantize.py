@@ -26,7 +26,7 @@ def quantize_stages(
     inputs: Values,
     *,
     threads: int = 1,
-    reduce_range: bool = True,
+    weight_bits: int = 7,
 ) -> list[StageModel]:
     """Stages in int8, each calibrated on the features of samples that reach it under the policy.
 
@@ -35,15 +35,15 @@ def quantize_stages(
         thresholds: the policy's numbers.
         inputs: of the first stage, real ones; some hundred rows.
         threads: to run the float stages with.
-        reduce_range: weights in 7 bits. In 8 bits sums of products saturate on processors without VNNI (AVX2), which
-            changes answers far more than the bit that is lost.
+        weight_bits: 7 or 8. In 8 bits sums of products saturate on processors without VNNI (AVX2), which changes
+            answers far more than the bit that is lost.
 
     Raises:
         NetworkError: a stage cannot be quantised.
     """
     reaching = _reaching(models, thresholds, inputs, threads)
     return [
-        _quantized(model, feeds, place, reduce_range)
+        _quantized(model, feeds, place, weight_bits)
         for place, (model, feeds) in enumerate(zip(models, reaching, strict=True))
     ]
 
@@ -88,7 +88,7 @@ def _batches(values: Values) -> Iterator[Values]:
         yield {name: value[first : first + ROWS] for name, value in values.items()}
 
 
-def _quantized(model: StageModel, feeds: list[Values], place: int, reduce_range: bool) -> StageModel:
+def _quantized(model: StageModel, feeds: list[Values], place: int, weight_bits: int) -> StageModel:
     onnx = require("onnx", extra="onnx")
     tools = require("onnxruntime.quantization", extra="onnx")
     prepare = require("onnxruntime.quantization.shape_inference", extra="onnx").quant_pre_process
@@ -109,7 +109,7 @@ def _quantized(model: StageModel, feeds: list[Values], place: int, reduce_range:
                 activation_type=tools.QuantType.QUInt8,
                 weight_type=tools.QuantType.QInt8,
                 per_channel=True,
-                reduce_range=reduce_range,
+                reduce_range=weight_bits == 7,
                 # logits in 256 steps would make confidences tie
                 extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
             )

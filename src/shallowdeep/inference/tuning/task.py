@@ -38,6 +38,7 @@ class Task:
         rows: a batch's inputs, as tensors.
         plan: the exit of each sample; ``None``: the policy decides.
         repeats: the median of so many counts.
+        allow_plain: not exiting may be chosen.
         progress: show how far it is, on a terminal.
     """
 
@@ -46,6 +47,7 @@ class Task:
     rows: Values
     plan: np.ndarray | None
     repeats: int
+    allow_plain: bool = False
     progress: bool = False
 
     @property
@@ -56,7 +58,7 @@ class Task:
     @property
     def device(self) -> torch.device:
         """The network's."""
-        return next(self.order.sdn.parameters()).device
+        return self.order.device
 
     @property
     def device_name(self) -> str:
@@ -94,15 +96,17 @@ class Task:
             "policy": order.policy.to_dict(),
             "costs": order.costs,
             "precision": order.precision,
+            "calibration": None if order.calibration is None else _digest(as_values(order.calibration)),
             "micro_batch": order.micro_batch,
             "backends": {name: dict(options) for name, options in self.backends.items()},
             "inputs": _digest(self.rows),
             "plan": None if self.plan is None else self.plan.tolist(),
+            "allow_plain": self.allow_plain,
             "device": self.device_name,
             "threads": torch.get_num_threads(),
             "versions": {name: version_of(name) for name in PACKAGES},
         }
-        return hashlib.sha256(json.dumps(words, default=str).encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps(words, default=_in_full).encode()).hexdigest()[:32]
 
 
 def make_task(
@@ -113,6 +117,7 @@ def make_task(
     exit_shares: Sequence[float] | None = None,
     backends: Iterable[str] | Mapping[str, Mapping[str, Any]] | None = None,
     repeats: int = 10,
+    allow_plain: bool = False,
     progress: bool = False,
 ) -> Task:
     """Say what is to be timed.
@@ -125,6 +130,7 @@ def make_task(
             decides on ``inputs``, and as many leave at each exit of random ones.
         backends: to be timed, with options where it is a mapping; ``None``: all.
         repeats: the median of so many counts.
+        allow_plain: not exiting may be chosen.
         progress: show how far it is, on a terminal.
 
     Raises:
@@ -147,7 +153,7 @@ def make_task(
         values = as_values(inputs)
         rows = {name: tensor[torch.arange(batch_size) % len(tensor)] for name, tensor in values.items()}
     plan = None if exit_shares is None else planned(exit_shares, order.exits, batch_size)
-    return Task(order, named, rows, plan, repeats, progress)
+    return Task(order, named, rows, plan, repeats, allow_plain, progress)
 
 
 def planned(exit_shares: Sequence[float], exits: Sequence[int], rows: int) -> np.ndarray:
@@ -164,6 +170,13 @@ def planned(exit_shares: Sequence[float], exits: Sequence[int], rows: int) -> np
     ends = np.round(np.cumsum(shares) * rows)
     stages = np.searchsorted(ends, np.arange(rows), side="right")
     return np.asarray(exits)[np.random.default_rng(0).permutation(stages)]
+
+
+def _in_full(value: Any) -> str:
+    """What JSON has no form for; an array's own text would leave out what lies in its middle."""
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    return _digest({"": value}) if isinstance(value, Tensor) else str(value)
 
 
 def _digest(tensors: Mapping[str, Any]) -> str:

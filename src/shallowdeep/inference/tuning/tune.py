@@ -13,18 +13,14 @@ import numpy as np
 import torch
 
 from shallowdeep.data.files.cache import cache_folder
-from shallowdeep.errors import ConfigError, FileFormatError, ShallowDeepError
-from shallowdeep.inference.backends import BACKENDS, Driver
-from shallowdeep.inference.runner import Latency, RunnerError, Values
+from shallowdeep.errors import ConfigError, FileFormatError
+from shallowdeep.inference.backends import BACKENDS, Driver, why_not
+from shallowdeep.inference.runner import Latency, Values
 from shallowdeep.inference.sizes import built_for, powers_up_to
 from shallowdeep.inference.tuning.result import TunedWay, Tuning
-from shallowdeep.inference.tuning.task import CANDIDATES, Task
-from shallowdeep.networks.calls import first_line
+from shallowdeep.inference.tuning.task import Task
 from shallowdeep.progress import track
 from shallowdeep.storage import read_as, read_json, write_json
-
-UNUSABLE = (ShallowDeepError, RunnerError, ImportError)
-"""What a back end raises that cannot run here, or not this network."""
 
 
 def tune(task: Task, *, anew: bool = False) -> tuple[Tuning, Driver]:
@@ -44,9 +40,9 @@ def tune(task: Task, *, anew: bool = False) -> tuple[Tuning, Driver]:
     found = None if anew else _kept(path)
     if found is not None:
         try:
-            driver = task.build(found.chosen.backend)
+            driver = task.build(found.chosen.backend, without_exits=not found.chosen.leaves_early)
             return found, _set(driver, found.latency, found.chosen.micro_batch)
-        except UNUSABLE:  # it could when it was chosen
+        except Exception:  # it could be built when it was chosen; timing says why it cannot any more
             pass
     tuning, driver = _timed(task)
     try:
@@ -78,6 +74,21 @@ class _Lane:
 
 
 def _timed(task: Task) -> tuple[Tuning, Driver]:
+    lanes, left_out = _prepared(task)
+    taken = np.zeros((len(lanes), task.repeats))
+    for repeat in track(range(task.repeats), task.repeats, "timing", shown=task.progress):
+        for place, lane in enumerate(lanes):  # in turns: a slower moment of the machine meets all of them
+            if lane.backend not in left_out:
+                try:
+                    taken[place, repeat] = lane.run()
+                except Exception as error:
+                    left_out[lane.backend] = why_not(error)
+    kept = [place for place, lane in enumerate(lanes) if lane.backend not in left_out]
+    return _chosen(task, [lanes[place] for place in kept], taken[kept], left_out)
+
+
+def _prepared(task: Task) -> tuple[list[_Lane], dict[str, str]]:
+    """What is to be timed, and why the rest is not: a run time may fail in any way, and the others are timed."""
     lanes: list[_Lane] = []
     left_out: dict[str, str] = {}
     names = ["plain", *task.backends]
@@ -90,19 +101,9 @@ def _timed(task: Task) -> tuple[Tuning, Driver]:
             for lane in prepared:  # compiles, allocates
                 lane.run()
             lanes += prepared
-        except UNUSABLE as error:
-            if name == "plain":
-                raise
-            left_out[name] = first_line(error)
-    if not any(lane.has_exits for lane in lanes):
-        raise ConfigError(
-            "no back end can run here: " + "; ".join(f"{name}: {why}" for name, why in left_out.items()) + "."
-        )
-    taken = np.zeros((len(lanes), task.repeats))
-    for repeat in track(range(task.repeats), task.repeats, "timing", shown=task.progress):
-        for place, lane in enumerate(lanes):  # in turns: a slower moment of the machine meets all of them
-            taken[place, repeat] = lane.run()
-    return _chosen(task, lanes, taken, left_out)
+        except Exception as error:
+            left_out[name] = why_not(error)
+    return lanes, left_out
 
 
 def _lanes(task: Task, backend: str) -> list[_Lane]:
@@ -133,13 +134,21 @@ def _sizes(driver: Driver, most: int) -> list[int]:
 
 
 def _chosen(task: Task, lanes: Sequence[_Lane], taken: np.ndarray, left_out: dict[str, str]) -> tuple[Tuning, Driver]:
+    """The fastest lane, among all those timed.
+
+    Raises:
+        ConfigError: none of them has exits.
+    """
+    if not any(lane.has_exits for lane in lanes):
+        raise ConfigError("no back end can run here: " + "; ".join(f"{name}: {why}" for name, why in left_out.items()))
     median = np.median(taken, axis=1)
     low, high = np.quantile(taken, [0.25, 0.75], axis=1)
     plains: dict[str, float] = {}
     for lane, ms in zip(lanes, median.tolist(), strict=True):
         if not lane.has_exits:
             plains[lane.backend] = min(ms, plains.get(lane.backend, ms))
-    plains["eager"] = plains["plain"]  # the backbone by its own code
+    if "plain" in plains:
+        plains["eager"] = plains["plain"]  # the backbone by its own code
     found = [
         (
             TunedWay(
@@ -149,13 +158,14 @@ def _chosen(task: Task, lanes: Sequence[_Lane], taken: np.ndarray, left_out: dic
                 float(median[place]),
                 float(high[place] - low[place]),
                 plains.get(lane.backend),
+                lane.has_exits,
             ),
             lane.driver,
         )
         for place, lane in enumerate(lanes)
-        if lane.has_exits
+        if lane.has_exits or task.allow_plain
     ]
-    found.sort(key=lambda pair: pair[0].ms)
+    found.sort(key=lambda pair: (pair[0].ms, not pair[0].leaves_early))
     driver = found[0][1]
     tuning = Tuning(
         task.batch_size,
@@ -163,7 +173,7 @@ def _chosen(task: Task, lanes: Sequence[_Lane], taken: np.ndarray, left_out: dic
         task.device_name,
         torch.get_num_threads(),
         tuple(way for way, _ in found),
-        plains["plain"],
+        plains.get("plain"),
         left_out,
         driver.latency,
     )
@@ -180,4 +190,5 @@ def _kept(path: Path) -> Tuning | None:
         found = read_as(Tuning, read_json(path))
     except (FileFormatError, TypeError):
         return None
-    return found if found.ways and found.chosen.backend in CANDIDATES else None
+    usable = all(way.backend in BACKENDS for way in found.ways) and any(way.leaves_early for way in found.ways)
+    return found if usable else None
