@@ -223,6 +223,15 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(runs, tmp_path, shell, monk
         assert not (tmp_path / "out").exists(), words
 
 
+def test_a_backdoor_is_for_the_page_alone(shell, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("shallowdeep.studies.side_by_side.run_cells", lambda *words, **options: 1 / 0)
+    code, _, err = shell("study", "paper", "--backdoor", tmp_path / "backdoor.json")
+    assert code == 2
+    assert "is for the page. Write it: shallowdeep study paper --table" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_typed_options_are_checked(shell):
     code, _, err = shell("fit", "--epochs", "many", "--out", "x")
     assert code == 2

@@ -23,6 +23,7 @@ study_app = typer.Typer(no_args_is_help=True, help="Published tables, run again:
 app.add_typer(study_app, name="study")
 
 RunFolder = Annotated[Path, typer.Argument(help="run folder")]
+Precision = Annotated[str, typer.Option(help="of weights and arithmetic: fp32, bf16 or int8")]
 
 
 @app.command()
@@ -123,12 +124,12 @@ def fit(
 
 
 @app.command()
-def record(run: RunFolder) -> None:
+def record(run: RunFolder, precision: Precision = "fp32") -> None:
     """Run each split through the trained network once, and keep what every exit said."""
     from shallowdeep.processes import is_first
     from shallowdeep.runs import Run
 
-    for split, trace in Run.open(run).record().items():
+    for split, trace in Run.open(run).record(precision=precision).items():
         if is_first():
             typer.echo(f"{split}: {len(trace)} samples, {trace.num_exits} exits")
 
@@ -167,12 +168,14 @@ def calibrate(
     original: Annotated[Path | None, typer.Option(help="run of the original network")] = None,
     rule: Annotated[str, typer.Option(help="confidence or patience")] = "confidence",
     answer: Annotated[str, typer.Option(help="of the unsure: last or most_confident")] = "last",
+    precision: Precision = "fp32",
 ) -> None:
-    """Choose when to stop, on validation data; writes policy.json."""
+    """Choose when to stop, on validation data; writes policy.json, or policy-int8.json for that precision."""
     from shallowdeep.runs import Run
 
     chosen = Run.open(run)
     decisions = chosen.calibrate(
+        precision=precision,
         original=None if original is None else Run.open(original),
         max_cost=max_cost,
         max_accuracy_drop=max_accuracy_drop,
@@ -181,17 +184,20 @@ def calibrate(
         rule=rule,
         answer=answer,
     )
-    typer.echo(f"{chosen.policy()}\nOn validation: {decisions}\nNext: shallowdeep replay {run}")
+    steps = f"replay {run}" if precision == "fp32" else f"bench {run} --precision {precision}"
+    typer.echo(f"{chosen.policy(precision)}\nOn validation: {decisions}\nNext: shallowdeep {steps}")
 
 
 @app.command()
 def replay(
-    run: RunFolder, split: Annotated[str, typer.Option(help="recorded split: train, val or test")] = "test"
+    run: RunFolder,
+    split: Annotated[str, typer.Option(help="recorded split: train, val or test")] = "test",
+    precision: Precision = "fp32",
 ) -> None:
     """What the chosen policy does on a recorded split."""
     from shallowdeep.runs import Run
 
-    decisions = Run.open(run).replay(split)
+    decisions = Run.open(run).replay(split, precision=precision)
     show(f"Policy on {split}", decisions.rows())
     typer.echo(str(decisions))
 
@@ -216,62 +222,62 @@ def bench(
     batch_size: Annotated[list[int] | None, typer.Option(help="samples in a batch (repeat); 1, 8, 32, 256")] = None,
     backend: Annotated[list[str] | None, typer.Option(help="of the engine (repeat); without: all there are")] = None,
     precision: Annotated[list[str] | None, typer.Option(help="fp32, bf16 or int8 (repeat); fp32")] = None,
-    num_samples: Annotated[int, typer.Option(help="of the test split, at most")] = 2000,
+    num_samples: Annotated[int | None, typer.Option(help="of the test split, at most; 2000")] = None,
     rounds: Annotated[int, typer.Option(help="times that each figure is taken")] = 10,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, …; auto")] = None,
     threads: Annotated[int | None, typer.Option(help="of the CPU; without: as many as PyTorch takes")] = None,
-    smaller: Annotated[bool, typer.Option(help="also time the networks that end at one exit")] = True,
+    smaller: Annotated[
+        bool | None, typer.Option("--smaller/--no-smaller", help="also the networks that end at one exit; yes")
+    ] = None,
+    shared_pool: Annotated[
+        bool, typer.Option("--shared-pool", help="one pool of threads for all sessions of ONNX Runtime")
+    ] = False,
     provider: Annotated[list[str] | None, typer.Option(help="of ONNX Runtime, for an exported folder")] = None,
 ) -> None:
     """Time early exits against the same network without them, by batch size and back end.
 
-    In an exported folder, time samples that leave at the first exit against such as go through.
+    In an exported folder, time samples that leave at the first exit against such as go through; the manifest keeps it.
     """
     if (run / "manifest.json").exists():
-        if device != "auto":
-            raise ConfigError("--device is for a run folder; an exported one takes --provider.")
-        _bench_folder(run, batch_size or [1, 32], rounds, threads, provider or ["CPUExecutionProvider"])
+        given = {
+            "--backend": backend, "--precision": precision, "--num-samples": num_samples, "--device": device,
+            "--smaller": smaller, "--shared-pool": shared_pool or None,
+        }  # fmt: skip
+        _refuse(given, "for a run folder; an exported one takes --batch-size, --rounds, --threads and --provider")
+        from shallowdeep.inference.timing.folder import bench_folder
+
+        # The process is ours and does nothing else: all sessions share one pool of threads.
+        found = bench_folder(
+            run,
+            batch_sizes=batch_size or (1, 32),
+            rounds=rounds,
+            threads=threads,
+            providers=provider or ("CPUExecutionProvider",),
+            shared_pool=True,
+        )
+        typer.echo(f"{found}\nWritten into {run / 'manifest.json'}")
         return
-    if provider:
-        raise ConfigError("--provider is for an exported folder; name back ends by --backend.")
-    from shallowdeep.errors import MissingExtra
-    from shallowdeep.inference.bench import DEFAULT_BACKENDS, measure_speed
-    from shallowdeep.processes import make_fabric
-    from shallowdeep.provenance import describe_environment
+    _refuse({"--provider": provider}, "for an exported folder; name back ends by --backend")
+    from shallowdeep.inference.bench import DEFAULT_BACKENDS
     from shallowdeep.runs import Run
 
-    chosen = Run.open(run)
-    place = make_fabric(device).device
-    policy, sdn = chosen.policy(), chosen.load().to(place)
-    data = chosen.load_data(sdn.backbone).to(place)
-    test = _first_samples(data.split("test"), num_samples)
-    recorded = (chosen.folder / "traces" / "test.safetensors").exists()
-    report = measure_speed(
-        sdn,
-        policy,
-        test.inputs,
-        test.labels,
+    report = Run.open(run).bench(
         batch_sizes=batch_size or (1, 8, 32, 256),
         backends=backend or DEFAULT_BACKENDS,
         precisions=precision or ("fp32",),
+        num_samples=2000 if num_samples is None else num_samples,
         rounds=rounds,
+        device=device or "auto",
         threads=threads,
-        smaller=smaller,
-        trace=_rows_of(chosen.trace("test"), test.ids) if recorded else None,
-        calibration=_first_samples(data.split("val"), 256).inputs if "int8" in (precision or ()) else None,
+        smaller=smaller is not False,
+        shared_pool=shared_pool,
         progress=True,
     )
-    measured_on = {**describe_environment(data, report.device), "threads": report.threads}
-    chosen.write_result("bench", report, split="test", measured_on=measured_on)
     show("Early exits against the same network without them: median of the rounds (their middle half)", report.rows())
     show("Against the stages' own times, and the replay's answers", report.bound_rows())
     if rows := report.static_rows():
         show("Smaller networks without exits", rows)
-    typer.echo(str(report))
-    try:
-        report.plot(chosen.folder / "results" / "bench.png")
-    except MissingExtra as error:
-        typer.echo(f"no plot is drawn: {error}", err=True)
+    typer.echo(f"{report}\nWritten into {run / 'results' / report.name}.json")
 
 
 @app.command()
@@ -343,6 +349,8 @@ def paper(
     from shallowdeep.studies.paper import DATA, NETWORKS, list_cells, paper_cells, select
     from shallowdeep.studies.side_by_side import run_cells
 
+    if backdoor and not table:
+        raise ConfigError(f"--backdoor {backdoor[0]} is for the page. Write it: shallowdeep study paper --table")
     if table:
         typer.echo(f"{write_page(results, out, backdoor or [])} cells are in {out}")
     cells = paper_cells(
@@ -363,34 +371,11 @@ def paper(
         raise typer.Exit(2)
 
 
-def _bench_folder(folder: Path, batch_sizes: list[int], rounds: int, threads: int | None, providers: list[str]) -> None:
-    from shallowdeep.inference.runner import RunnerError, Settings, bench
-
-    # The process is ours and does nothing else: all sessions share one pool of threads.
-    settings = Settings(threads=threads or 0, providers=tuple(providers), shared_pool=True)
-    try:
-        typer.echo(str(bench(folder, sizes=batch_sizes, repeats=rounds, settings=settings)))
-    except RunnerError as error:
-        raise ConfigError(str(error)) from error
-
-
-def _first_samples(samples: Any, number: int) -> Any:
-    """Some samples of a split in one batch: with the classes in proportion, where they can be picked."""
-    from shallowdeep.data.samples import IndexedSamples
-
-    if number < 1:
-        raise ConfigError(f"a benchmark uses at least one sample, got {number}.")
-    some = samples.sample(number) if isinstance(samples, IndexedSamples) else samples
-    return next(iter(some.batches(number)))
-
-
-def _rows_of(trace: Any, ids: Any) -> Any:
-    """The part of a Trace that has these ids, in their order."""
-    place = {id: row for row, id in enumerate(trace.ids.tolist())}
-    missing = [id for id in ids.tolist() if id not in place]
-    if missing:
-        raise ConfigError(f"the recorded Trace lacks {len(missing)} of the samples. Record it anew: shallowdeep record")
-    return trace.select(ids.new_tensor([place[id] for id in ids.tolist()]).cpu())
+def _refuse(given: dict[str, Any], why: str) -> None:
+    """Say that options are of no use here, rather than pass over them."""
+    used = [name for name, value in given.items() if value is not None]
+    if used:
+        raise ConfigError(f"{', '.join(used)} {'is' if len(used) == 1 else 'are'} {why}.")
 
 
 def _placements(sdn: Any) -> list[dict[str, Any]]:

@@ -16,10 +16,11 @@ def show(title: str, rows: Sequence[dict[str, Any]]) -> None:
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=140)
+        console = Console(width=180)
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for name, value in rows[0].items():
-        table.add_column(name, justify="left" if isinstance(value, str) else "right")
+        # Where a terminal is too narrow, numbers go on in the next line: they are never cut short.
+        table.add_column(name, justify="left" if isinstance(value, str) else "right", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
     console.print(table)

@@ -3,12 +3,16 @@
 A run folder is the whole provenance of a number::
 
     config.json  environment.json  history.jsonl  sdn.safetensors  traces/  policy.json  results/
+
+A precision other than fp32 answers otherwise, so it has Traces, a policy and results of its own, with its name behind
+theirs: ``traces/val-int8.safetensors``, ``policy-int8.json``.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +29,12 @@ from shallowdeep.data.samples import SPLITS, IndexedSamples, Splits
 from shallowdeep.data.sources import load_data
 from shallowdeep.data.text import TEXTS
 from shallowdeep.data.triggers import poison, stamp, triggered
-from shallowdeep.errors import ConfigError, FileFormatError, UnknownName
+from shallowdeep.errors import ConfigError, DataError, FileFormatError, MissingExtra, UnknownName
+from shallowdeep.inference.backends import PRECISIONS
+from shallowdeep.inference.bench import DEFAULT_BACKENDS, first_samples, measure_speed, rows_of, sharing_threads
+from shallowdeep.inference.engine import Engine
 from shallowdeep.inference.onnx.export import Export, export
+from shallowdeep.inference.speed import SpeedReport
 from shallowdeep.networks.attach import attach
 from shallowdeep.networks.backbones.weights import put_weights
 from shallowdeep.networks.inputs import preprocessing_of
@@ -35,8 +43,8 @@ from shallowdeep.networks.zoo import NetworkSpec, load_network
 from shallowdeep.policies.calibrate import calibrate
 from shallowdeep.policies.replay import Decisions, replay
 from shallowdeep.policies.rules import ExitPolicy, policy_from_dict
-from shallowdeep.processes import is_first, join, num_threads, wait_for_all
-from shallowdeep.provenance import started
+from shallowdeep.processes import is_first, join, make_fabric, num_threads, wait_for_all
+from shallowdeep.provenance import describe_environment, started
 from shallowdeep.storage import load_tensors, making, read_json, sweep, write_json, write_text
 from shallowdeep.traces.record import record
 from shallowdeep.traces.trace import Trace
@@ -45,6 +53,8 @@ from shallowdeep.training.strategies import named_strategy
 
 RECORDED = (*SPLITS, "triggered")
 TRAIN_TRACE_SIZE = 10_000  # samples of the training split that are recorded, for confusion's mean and spread
+CALIBRATION_SIZE = 512  # validation samples on which int8 is calibrated, wherever that is done
+RECORDERS = {"bf16": "eager", "int8": "onnx"}  # back ends that record a Trace in another precision than fp32
 
 
 class Run:
@@ -186,18 +196,28 @@ class Run:
         name = self.config.network
         return ShallowDeepNetwork.load(self.weights, trust_code=name if NetworkSpec(name).runs_code else False).eval()
 
-    def record(self, splits: Iterable[str] | None = None, *, progress: bool = True) -> dict[str, Trace]:
+    def record(
+        self, splits: Iterable[str] | None = None, *, precision: str = "fp32", progress: bool = True
+    ) -> dict[str, Trace]:
         """Record splits (``None``: all there are) into ``traces/``.
 
         Of the training split, 10,000 samples at most, clean ones. Where the run has a backdoor, ``"triggered"`` is the
         test split with the stamp.
+
+        Args:
+            splits: by name.
+            precision: of weights and arithmetic. ``"int8"`` is quantised for samples that stop where its own policy
+                lets them, before one is chosen where that of fp32 does, and runs in ONNX Runtime on the CPU.
+            progress: draw a bar on the terminal.
         """
         config = self.config
+        stop = None if precision == "fp32" else self._stopping(precision)
         join(config.device, devices=config.devices, num_nodes=config.num_nodes)
         sdn = self.load()
         data = self.load_data(sdn.backbone)
-        if torch.cuda.is_available() and self.config.device != "cpu":
+        if torch.cuda.is_available() and self.config.device != "cpu" and precision != "int8":
             sdn.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+        engine = None if stop is None else self._engine(sdn, stop, precision, data)
         if is_first():
             sweep(self.folder)
         traces = {}
@@ -210,22 +230,49 @@ class Run:
             if split == "train" and isinstance(samples, IndexedSamples) and len(samples) > TRAIN_TRACE_SIZE:
                 samples = samples.sample(TRAIN_TRACE_SIZE)
             with num_threads(config.threads):
-                traces[split] = record(sdn, samples, strategy=config.strategy, progress=progress)
+                if engine is None:
+                    traces[split] = record(sdn, samples, strategy=config.strategy, progress=progress)
+                else:
+                    found = engine.record(samples, progress=progress)
+                    traces[split] = replace(found, info=replace(found.info, strategy=config.strategy))
             if is_first():
-                traces[split].save(self.folder / "traces" / f"{split}.safetensors")
+                traces[split].save(self._trace_file(split, precision))
         wait_for_all()
         return traces
 
-    def trace(self, split: str) -> Trace:
+    def _stopping(self, precision: str) -> ExitPolicy:
+        """The policy of a precision, or of fp32 before one is chosen, looking at all exits."""
+        if precision not in RECORDERS:
+            raise UnknownName("precision", precision, PRECISIONS)
+        policy = self.policy(precision if self._policy_file(precision).exists() else "fp32")
+        return replace(policy, exits=None)  # type: ignore[type-var]
+
+    def _engine(self, sdn: ShallowDeepNetwork, policy: ExitPolicy, precision: str, data: Splits) -> Engine:
+        """What records in a precision."""
+        calibration = self._calibration_inputs(data) if precision == "int8" else None
+        return Engine(sdn, policy, backend=RECORDERS[precision], precision=precision, calibration=calibration)
+
+    def _calibration_inputs(self, data: Splits) -> Any:
+        """What int8 is calibrated on: the same samples for its Trace, its export and its benchmark."""
+        return first_samples(data.split("val"), CALIBRATION_SIZE).inputs
+
+    def _trace_file(self, split: str, precision: str) -> Path:
+        return self.folder / "traces" / f"{split}{_suffix(precision)}.safetensors"
+
+    def _policy_file(self, precision: str) -> Path:
+        return self.folder / f"policy{_suffix(precision)}.json"
+
+    def trace(self, split: str, precision: str = "fp32") -> Trace:
         """A recorded split.
 
         Raises:
-            UnknownName: there is no such split.
+            UnknownName: there is no such split, or no such precision.
             FileFormatError: it is not recorded yet, or damaged.
         """
-        if split not in RECORDED:
-            raise UnknownName("split", split, RECORDED)
-        path = self.folder / "traces" / f"{split}.safetensors"
+        _check_split(split)
+        if precision not in PRECISIONS:
+            raise UnknownName("precision", precision, PRECISIONS)
+        path = self._trace_file(split, precision)
         if split == "val" and self.config.val_size == 0:
             raise FileFormatError(
                 f"{self.folder} held no images out (val_size=0), so there is nothing to choose a threshold on. "
@@ -233,10 +280,11 @@ class Run:
             )
         if not path.exists():
             others = sorted(file.stem for file in path.parent.glob("*.safetensors"))
-            hint = f"Make it: shallowdeep record {self.folder}"
+            hint = f"Make it: shallowdeep record {self.folder}{_option(precision)}"
             if others:
                 hint += f", if the data has such a split; there are {', '.join(others)}"
-            raise FileFormatError(f"{self.folder} has no Trace of its {split} split. {hint}")
+            kind = "Trace" if precision == "fp32" else f"{precision} Trace"
+            raise FileFormatError(f"{self.folder} has no {kind} of its {split} split. {hint}")
         return Trace.load(path)
 
     def analyze(self) -> dict[str, Result]:
@@ -259,58 +307,85 @@ class Run:
             self.write_result(name, result)
         return found
 
-    def calibrate(self, *, original: Run | None = None, **demand: Any) -> Decisions:
+    def calibrate(self, *, precision: str = "fp32", original: Run | None = None, **demand: Any) -> Decisions:
         """Choose the run's policy on its validation split and write it to ``policy.json``.
 
         Args:
+            precision: of weights and arithmetic. One other than fp32 gets a policy of its own, chosen on a Trace of
+                its own, which is recorded where there is none.
             original: the run of the plain network, where the drop is measured from it.
             **demand: as for ``calibrate``.
 
         Returns:
             What the policy does on the validation split.
         """
-        val = self.trace("val")
-        policy = calibrate(val, original=None if original is None else original.trace("val"), **demand)
+        val = self._validation(precision)
+        plain = None if original is None else original.trace("val")
+        if (
+            original is None
+            and precision != "fp32"
+            and (demand.get("reference"), val.info.strategy)
+            == (
+                "original",
+                "ic_only",
+            )
+        ):
+            plain = self.trace("val")  # in fp32 its last exit is the original network
+        policy = calibrate(val, original=plain, **demand)
         decisions = replay(val, policy)
         asked = demand if original is None else {**demand, "original": str(original.folder)}
-        self.write_result("calibration", decisions, policy=policy.to_dict(), demand=asked)
-        write_json(self.folder / "policy.json", policy.to_dict())
+        self.write_result(
+            f"calibration{_suffix(precision)}", decisions, policy=policy.to_dict(), precision=precision, demand=asked
+        )
+        write_json(self._policy_file(precision), policy.to_dict())
         return decisions
 
-    def policy(self) -> ExitPolicy:
-        """The run's policy.
+    def _validation(self, precision: str) -> Trace:
+        """The validation split's Trace; of a precision other than fp32, recorded now where it is not there."""
+        if precision in RECORDERS and self.config.val_size != 0 and not self._trace_file("val", precision).exists():
+            return self.record(["val"], precision=precision)["val"]
+        return self.trace("val", precision)
+
+    def policy(self, precision: str = "fp32") -> ExitPolicy:
+        """The run's policy for a precision.
 
         Raises:
+            UnknownName: there is no such precision.
             FileFormatError: none was chosen yet.
+            ConfigError: none was chosen yet for a precision other than fp32, whose thresholds do not serve it.
         """
-        path = self.folder / "policy.json"
+        if precision not in PRECISIONS:
+            raise UnknownName("precision", precision, PRECISIONS)
+        path = self._policy_file(precision)
+        command = f"shallowdeep calibrate {self.folder}{_option(precision)} --max-cost 0.5"
+        if not path.exists() and precision != "fp32":
+            raise ConfigError(
+                f"{self.folder} has no policy for {precision}, which answers otherwise than fp32. Choose one: {command}"
+            )
         if not path.exists():
-            command = f"shallowdeep calibrate {self.folder} --max-cost 0.5"
             raise FileFormatError(f"{self.folder} has no policy. Choose one: {command}")
         return policy_from_dict(read_json(path))
 
-    def replay(self, split: str = "test") -> Decisions:
+    def replay(self, split: str = "test", *, precision: str = "fp32") -> Decisions:
         """What the run's policy does on a recorded split, also written to ``results/``."""
-        decisions = replay(self.trace(split), self.policy())
-        self.write_result(
-            "replay" if split == "test" else f"replay_{split}", decisions, split=split, policy=self.policy().to_dict()
-        )
+        _check_split(split)
+        policy = self.policy(precision)
+        decisions = replay(self.trace(split, precision), policy)
+        name = ("replay" if split == "test" else f"replay_{split}") + _suffix(precision)
+        self.write_result(name, decisions, split=split, precision=precision, policy=policy.to_dict())
         return decisions
 
-    def export(
-        self, folder: str | os.PathLike[str], *, precision: str = "fp32", uint8: bool = False, calibrate_on: int = 512
-    ) -> Export:
+    def export(self, folder: str | os.PathLike[str], *, precision: str = "fp32", uint8: bool = False) -> Export:
         """Write the network and its policy as a folder that runs without PyTorch; see ``export``.
 
         Args:
             folder: not there yet, or empty.
-            precision: ``"fp32"`` or ``"int8"``.
+            precision: ``"fp32"`` or ``"int8"``, with the policy that was chosen for it. int8 is calibrated on
+                ``CALIBRATION_SIZE`` images of the validation split.
             uint8: the folder takes images as they are in files, and normalises them itself.
-            calibrate_on: images of the validation split that int8 is calibrated on.
         """
-        policy, sdn = self.policy(), self.load()
+        policy, sdn = self.policy(precision), self.load()
         data = self.load_data(sdn.backbone)
-        split = data.split("val") if precision == "int8" else None
         return export(
             sdn,
             policy,
@@ -318,9 +393,77 @@ class Run:
             example_inputs=data.example_inputs,
             precision=precision,
             preprocessing=data if uint8 else None,
-            calibration=None if split is None else next(iter(split.batches(calibrate_on))).inputs,
+            calibration=self._calibration_inputs(data) if precision == "int8" else None,
             class_names=data.train.class_names,
         )
+
+    def bench(
+        self,
+        *,
+        batch_sizes: Sequence[int] = (1, 8, 32, 256),
+        backends: Sequence[str] = DEFAULT_BACKENDS,
+        precisions: Sequence[str] = ("fp32",),
+        num_samples: int = 2000,
+        rounds: int = 10,
+        device: str = "auto",
+        threads: int | None = None,
+        smaller: bool = True,
+        shared_pool: bool = False,
+        progress: bool = False,
+    ) -> SpeedReport:
+        """Time early exits on the test split against the same network without them; see ``measure_speed``.
+
+        Each precision stops by its own policy. Times, their ratios and a plot go to ``results/``, under the report's
+        ``name``.
+
+        Args:
+            batch_sizes: samples in a batch.
+            backends: of the engine.
+            precisions: of weights and arithmetic.
+            num_samples: of the test split, at most.
+            rounds: times that each figure is taken.
+            device: ``"auto"``, ``"cpu"``, ``"cuda"`` or another that Fabric knows.
+            threads: of the CPU; ``None``: as many as PyTorch has now.
+            smaller: also time the networks that end at one exit.
+            shared_pool: every session of ONNX Runtime in this process shares one pool of threads, from now on.
+            progress: draw a bar on the terminal.
+
+        Raises:
+            ConfigError: an option is not usable, or a precision has no policy.
+            DataError: the test split has no labels.
+        """
+        policies = {one: self.policy(one) for one in dict.fromkeys(["fp32", *precisions])}
+        options = sharing_threads(precisions) if shared_pool else None
+        place = make_fabric(device).device
+        sdn = self.load().to(place)
+        data = self.load_data(sdn.backbone).to(place)
+        test = first_samples(data.split("test"), num_samples)
+        if test.labels is None:
+            raise DataError("a benchmark counts right answers, and the test split has no labels.")
+        recorded = self._trace_file("test", "fp32").exists()
+        report = measure_speed(
+            sdn,
+            policies,
+            test.inputs,
+            test.labels,
+            batch_sizes=batch_sizes,
+            backends=backends,
+            precisions=precisions,
+            rounds=rounds,
+            threads=threads,
+            smaller=smaller,
+            trace=rows_of(self.trace("test"), test.ids) if recorded else None,
+            calibration=self._calibration_inputs(data) if "int8" in precisions else None,
+            options=options,
+            progress=progress,
+        )
+        measured_on = {**describe_environment(data, report.device), "threads": report.threads}
+        self.write_result(report.name, report, split="test", shared_pool=shared_pool, measured_on=measured_on)
+        try:
+            report.plot(self.folder / "results" / f"{report.name}.png")
+        except MissingExtra as error:
+            warnings.warn(f"no plot is drawn: {error}", stacklevel=2)
+        return report
 
     def archive(self, folder: str | os.PathLike[str]) -> None:
         """Copy the run, whole or not at all, to where it can be kept: in half precision, without checkpoint.
@@ -337,14 +480,19 @@ class Run:
         """
         place = Path(folder)
         Run.create(place, self.config)
-        recorded = [split for split in RECORDED if (self.folder / "traces" / f"{split}.safetensors").exists()]
-        sdn, traces = self.load(), {split: self.trace(split) for split in recorded or SPLITS}
-        texts = ["config.json", "environment.json", "history.jsonl", "policy.json"]
+        every = [(split, precision) for precision in PRECISIONS for split in RECORDED]
+        recorded = [one for one in every if self._trace_file(*one).exists()]
+        sdn = self.load()
+        traces = {
+            self._trace_file(*one).name: self.trace(*one) for one in recorded or [(one, "fp32") for one in SPLITS]
+        }
+        texts = ["config.json", "environment.json", "history.jsonl"]
+        texts += [self._policy_file(precision).name for precision in PRECISIONS]
         texts += [f"results/{path.name}" for path in sorted((self.folder / "results").glob("*.json"))]
         with making(place) as partial:
             sdn.save(partial / self.weights.name, dtype=torch.float16)
-            for split, trace in traces.items():
-                trace.save(partial / "traces" / f"{split}.safetensors", dtype=torch.float16)
+            for name, trace in traces.items():
+                trace.save(partial / "traces" / name, dtype=torch.float16)
             for name in texts:
                 if (self.folder / name).exists():
                     write_text(partial / name, (self.folder / name).read_text(encoding="utf-8"))
@@ -365,6 +513,21 @@ class Run:
         environment = read_json(self.folder / "environment.json")
         values = {**more, **result.to_dict(), "config": self.config.model_dump(mode="json"), "environment": environment}
         write_json(self.folder / "results" / f"{name}.json", values)
+
+
+def _check_split(split: str) -> None:
+    if split not in RECORDED:
+        raise UnknownName("split", split, RECORDED)
+
+
+def _suffix(precision: str) -> str:
+    """Behind the name of a file that belongs to a precision."""
+    return "" if precision == "fp32" else f"-{precision}"
+
+
+def _option(precision: str) -> str:
+    """Of a command that shall work in a precision."""
+    return "" if precision == "fp32" else f" --precision {precision}"
 
 
 def _side(inputs: Any) -> int | None:

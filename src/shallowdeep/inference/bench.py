@@ -13,9 +13,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from shallowdeep.data.pytrees import row_counts, take_rows
-from shallowdeep.errors import ConfigError, TraceError, UnknownName
+from shallowdeep.data.samples import Batch, IndexedSamples, Samples
+from shallowdeep.errors import ConfigError, TraceError, UnknownName, require
 from shallowdeep.inference.backends import BACKENDS, PRECISIONS
-from shallowdeep.inference.speed import EXITS, ONE_AT_A_TIME, SpeedReport, Timing
+from shallowdeep.inference.speed import EXITS, IN_PARTS, ONE_AT_A_TIME, PLAIN, WHOLE_BATCH, SpeedReport, Timing
 from shallowdeep.inference.stages import thresholds_of
 from shallowdeep.inference.timing.lanes import Lane, Workshop
 from shallowdeep.inference.timing.rounds import Tally, time_in_turn
@@ -88,14 +89,17 @@ def measure_speed(
         raise ConfigError(f"a CPU runs at least one thread, got threads={threads}.")
     with num_threads(threads):
         trace = _trace(sdn, images, labels, trace)
-        workshop = Workshop(sdn, policies, take_rows(images, slice(0, 4)), trace, options or {}, calibration)
-        workshop.build(backends, precisions, max(batch_sizes), smaller=smaller, progress=progress)
+        example = take_rows(images, slice(0, 4))
+        workshop = Workshop(sdn, policies, example, trace, options or {}, calibration, batch_sizes)
+        workshop.build(backends, precisions, smaller=smaller, progress=progress)
         timings: list[Timing] = []
         with bar("bench", rounds * len(batch_sizes), shown=progress) as line:
             for batch_size in batch_sizes:
                 line.say(f"batch {batch_size}")
-                tallies = time_in_turn(workshop.lanes, images, batch_size, rounds, line.advance)
-                timings += _timings(workshop.lanes, tallies, batch_size, trace, policies)
+                lanes = [lane for lane in workshop.lanes if batch_size > lane.above]
+                tallies = time_in_turn(lanes, images, batch_size, rounds, line.advance)
+                taken = list(_timings(lanes, tallies, batch_size, trace, policies))
+                timings += [*taken, *_fastest_plain(taken)]
         threads = torch.get_num_threads()
     used = {name: version(package) for name, package in VERSIONS.items() if name in {t.backend for t in timings}}
     return SpeedReport(
@@ -109,6 +113,42 @@ def measure_speed(
         str(next(sdn.parameters()).device),
         {"torch": torch.__version__, **used},
     )
+
+
+def first_samples(samples: Samples, number: int) -> Batch:
+    """At most so many samples in one batch: with the classes in proportion where they can be picked, else the first."""
+    if number < 1:
+        raise ConfigError(f"at least one sample is taken, got {number}.")
+    some = samples.sample(number) if isinstance(samples, IndexedSamples) else samples
+    return next(iter(some.batches(number)))
+
+
+def rows_of(trace: Trace, ids: Int[Tensor, " n"]) -> Trace:
+    """The part of a Trace that has these ids, in their order.
+
+    Raises:
+        TraceError: it lacks some.
+    """
+    place = {id: row for row, id in enumerate(trace.ids.tolist())}
+    missing = [id for id in ids.tolist() if id not in place]
+    if missing:
+        raise TraceError(f"the recorded Trace lacks {len(missing)} of the samples. Record it anew: shallowdeep record")
+    return trace.select(torch.tensor([place[id] for id in ids.tolist()]))
+
+
+def sharing_threads(precisions: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Options by which every session of ONNX Runtime in this process shares one pool of threads, from now on.
+
+    Raises:
+        ConfigError: this onnxruntime has none, or a network is to be quantised, which opens sessions of its own.
+    """
+    if "int8" in precisions:
+        raise ConfigError("int8 is quantised by sessions with threads of their own, so none can share a pool.")
+    if not hasattr(require("onnxruntime", extra="onnx"), "set_global_thread_pool_sizes"):
+        raise ConfigError(
+            "this onnxruntime has no pool of threads to be shared. Upgrade it: pip install -U onnxruntime"
+        )
+    return {"onnx": {"shared_pool": True}}
 
 
 def _some(images: Any, labels: Tensor, num_samples: int | None) -> tuple[Any, Tensor]:
@@ -180,9 +220,20 @@ def _timings(
             found |= agreement(tally.labels, tally.exits, trace, policies["fp32"])
         elif lane.variant not in (EXITS, ONE_AT_A_TIME):  # no policy decides there
             found = {name: found[name] for name in ("n", "accuracy") if name in found}
-        yield Timing(*key, lane.variant, tuple(tally.latencies_ms), **found)
+        yield Timing(*key, lane.variant, tuple(tally.latencies_ms), **found, device=lane.device)
         for variant, values in tally.stages_ms.items():
-            yield Timing(*key, variant, tuple(values))
+            yield Timing(*key, variant, tuple(values), device=lane.device)
+
+
+def _fastest_plain(timings: Sequence[Timing]) -> Iterator[Timing]:
+    """For each run time and precision the network without exits, as it is the fastest: with whole batches or parts."""
+    found: dict[tuple[str, str], Timing] = {}
+    for one in timings:
+        key = (one.backend, one.precision)
+        if one.variant in (WHOLE_BATCH, IN_PARTS):
+            found[key] = min(one, found.get(key, one), key=lambda timing: timing.latency_ms.median)
+    for one in found.values():
+        yield dataclasses.replace(one, variant=PLAIN)
 
 
 def _answered(tally: Tally, trace: Trace) -> dict[str, Any]:

@@ -13,15 +13,20 @@ import numpy as np
 from shallowdeep.errors import ConfigError, require
 from shallowdeep.storage import replacing
 
+MICRO_BATCH = 32  # rows at a time at which the network without exits is timed, beside the whole batch
 EXITS, PLAIN, NOBODY, ALL_EXITS = "early exits", "plain", "nobody exits", "all exits"
 BOUND, LINEAR, STAGES, ONE_AT_A_TIME = "bound", "linear bound", "sum of stages", "one at a time"
-SPINNING = "plain, idle threads spinning"
+WHOLE_BATCH, IN_PARTS, BARE = "plain, whole batch", f"plain, {MICRO_BATCH} at a time", "bare"
 VARIANTS = {
     EXITS: "the engine, each sample leaving where its policy lets it",
-    PLAIN: "the same network without exits, in the same run time and precision",
-    SPINNING: "the same with ONNX Runtime's own default, in which threads spin while they wait",
+    PLAIN: "the same network without exits, in the same run time and precision: the faster of the next two",
+    WHOLE_BATCH: "the same, a batch in one call",
+    IN_PARTS: f"the same, {MICRO_BATCH} samples in a call; where batches are larger than that",
+    BARE: "the same as one runs it without this package, a batch in one call: torch.compile(network), or a session of "
+    "ONNX Runtime with its own defaults (threads spin while they wait)",
     NOBODY: "the engine with every sample sent to the last exit",
-    ALL_EXITS: "the logits of all exits, nobody leaving: the full Shallow-Deep Network",
+    ALL_EXITS: "the full Shallow-Deep Network in one graph, all exits and no policy, as many samples in a call as the "
+    "engine takes",
     BOUND: "the measured stage times at the row counts that arrive, summed",
     LINEAR: "the stage times of the full batch times the share of rows that arrive, summed",
     STAGES: "the stage times of the full batch, summed",
@@ -80,6 +85,7 @@ class Timing:
         exit_shares: of those answers, by exit.
         differing: fp32 with exits alone: answers that are not the replay's.
         ties: of those, how many lie so near to a threshold that rounding decides.
+        device: that it ran on.
     """
 
     batch_size: int
@@ -93,6 +99,7 @@ class Timing:
     exit_shares: tuple[float, ...] | None = None
     differing: int | None = None
     ties: int | None = None
+    device: str = ""
 
     @property
     def latency_ms(self) -> Spread:
@@ -135,7 +142,7 @@ class SpeedReport:
         exit_costs: of a network that ends at each exit, as a share of the plain one.
         rounds: of each figure.
         threads: on the CPU.
-        device: what ran it.
+        device: the network's; each timing says its own.
         versions: of the run times.
     """
 
@@ -148,6 +155,18 @@ class SpeedReport:
     threads: int
     device: str
     versions: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """What its files are called: ``"bench"``, with the device and precisions where they are not CPU and fp32.
+
+        >>> one = Timing(8, "onnx", "int8", EXITS, (1.0,))
+        >>> SpeedReport((one,), (), {}, (), (), 1, 1, "cuda:0", {}).name
+        'bench-cuda-int8'
+        """
+        kind = self.device.partition(":")[0]
+        timed = list(dict.fromkeys(one.precision for one in self.engines))
+        return "-".join(["bench", *([] if kind == "cpu" else [kind]), *([] if timed == ["fp32"] else timed)])
 
     @property
     def engines(self) -> list[Timing]:
@@ -176,6 +195,7 @@ class SpeedReport:
                 **_key(one),
                 "ms a batch": one.latency_ms,
                 "of plain": self.ratio(one, self.beside(one, PLAIN)),
+                "of bare": self.ratio(one, self.beside(one, BARE)),
                 "of eager plain": self.ratio(one, self.find(one.batch_size, "eager", "fp32", PLAIN)),
                 "× one at a time": self.ratio(self.find(one.batch_size, "eager", "fp32", ONE_AT_A_TIME), one),
                 "accuracy": one.accuracy,
@@ -193,7 +213,7 @@ class SpeedReport:
                 **_key(one),
                 "of bound": self.ratio(one, self.beside(one, BOUND)),
                 "of linear bound": self.ratio(one, self.beside(one, LINEAR)),
-                "stages / plain": self.ratio(self.beside(one, STAGES), self.beside(one, PLAIN)),
+                "stages / all exits": self.ratio(self.beside(one, STAGES), self.beside(one, ALL_EXITS)),
                 "nobody / all exits": self.ratio(self.beside(one, NOBODY), self.beside(one, ALL_EXITS)),
                 "unlike replay": one.differing,
                 "of them ties": one.ties,
@@ -262,12 +282,18 @@ class SpeedReport:
             right = f"{100 * (one.accuracy or 0):.2f} % right on {one.n} samples"
             lines.append(f"{name}: {time}, {right} at {100 * (one.cost or 0):.1f} % of the cost.")
         lines += [str(one) for one in self.left_out]
-        lines.append(f"Medians of {self.rounds} rounds and the middle half of them, on {self.device}.")
+        devices = ", ".join(dict.fromkeys(one.device for one in self.engines))
+        lines.append(f"Medians of {self.rounds} rounds and the middle half of them, on {devices or self.device}.")
         return "\n".join(lines)
 
 
 def _key(timing: Timing) -> dict[str, Any]:
-    return {"back end": timing.backend, "precision": timing.precision, "batch": timing.batch_size}
+    return {
+        "back end": timing.backend,
+        "precision": timing.precision,
+        "device": timing.device,
+        "batch": timing.batch_size,
+    }
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
