@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from shallowdeep.data.tensors import TensorSet
     from shallowdeep.data.triggers import Backdoor, Stamp, poison, stamp, triggered
     from shallowdeep.errors import ShallowDeepError
+    from shallowdeep.inference.cascade import Answers
     from shallowdeep.inference.engine import Engine
     from shallowdeep.inference.onnx.export import Export, export
-    from shallowdeep.inference.runner import Answers, Runner
+    from shallowdeep.inference.runner.folder import Runner
     from shallowdeep.networks.attach import attach
     from shallowdeep.networks.costs import Costs
     from shallowdeep.networks.exits import InternalClassifier, TokenClassifier, VectorClassifier
@@ -66,7 +67,8 @@ _HOMES = {
     "errors": ["ShallowDeepError"],
     "inference.engine": ["Engine"],
     "inference.onnx.export": ["Export", "export"],
-    "inference.runner": ["Answers", "Runner"],
+    "inference.cascade": ["Answers"],
+    "inference.runner.folder": ["Runner"],
     "networks.attach": ["attach"],
     "networks.costs": ["Costs"],
     "networks.exits": ["InternalClassifier", "TokenClassifier", "VectorClassifier"],

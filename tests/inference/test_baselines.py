@@ -10,7 +10,9 @@ import torch
 import shallowdeep as sd
 from shallowdeep.inference import torch_stages
 from shallowdeep.inference.bench import measure_speed
-from shallowdeep.inference.runner import Cascade, OnnxStages, Settings
+from shallowdeep.inference.cascade import Cascade
+from shallowdeep.inference.runner.sessions import Settings
+from shallowdeep.inference.runner.stages import OnnxStages
 from shallowdeep.inference.speed import (
     ALL_EXITS,
     BARE,

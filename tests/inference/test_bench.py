@@ -11,7 +11,7 @@ import shallowdeep as sd
 from shallowdeep.errors import ConfigError, MissingExtra, TraceError, UnknownName
 from shallowdeep.inference.backends import BACKENDS
 from shallowdeep.inference.bench import agreement, measure_speed
-from shallowdeep.inference.runner import Latency
+from shallowdeep.inference.cascade import Latency
 from shallowdeep.inference.speed import (
     ALL_EXITS,
     BOUND,

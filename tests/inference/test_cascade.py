@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shallowdeep.inference.runner import MAX_WAIT, Cascade, Latency, Step, collect, settle
+from shallowdeep.inference.cascade import MAX_WAIT, Cascade, Latency, Step, collect, settle
 
 COSTS = (0.25, 0.5, 1.0)
 

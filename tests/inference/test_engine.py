@@ -20,7 +20,7 @@ from shallowdeep.inference.backends import Order
 from shallowdeep.inference.onnx import onnxruntime as onnx_back_end
 from shallowdeep.inference.onnx.onnxruntime import build_onnx, provider_for
 from shallowdeep.inference.onnx.openvino import device_for
-from shallowdeep.inference.runner import RunnerError
+from shallowdeep.inference.runner.sessions import RunnerError
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 
 BACKENDS = ["eager", "stages"]

@@ -16,24 +16,18 @@ from torch import nn
 
 import shallowdeep as sd
 from shallowdeep.errors import ConfigError, NetworkError, UnknownName
-from shallowdeep.inference import runner
+from shallowdeep.inference.cascade import Cascade, Latency
 from shallowdeep.inference.onnx import export as onnx_export
 from shallowdeep.inference.onnx import parity
 from shallowdeep.inference.onnx.convert import as_typed
 from shallowdeep.inference.onnx.export import export
 from shallowdeep.inference.onnx.manifest import write_laziness
-from shallowdeep.inference.runner import (
-    FORMS,
-    Bench,
-    Cascade,
-    Device,
-    Latency,
-    OnnxStages,
-    Runner,
-    Settings,
-    Timing,
-    read_manifest,
-)
+from shallowdeep.inference.runner.device import Device, one_node
+from shallowdeep.inference.runner.folder import Runner
+from shallowdeep.inference.runner.manifest import FORMS, read_manifest
+from shallowdeep.inference.runner.sessions import RunnerError, Settings
+from shallowdeep.inference.runner.stages import OnnxStages
+from shallowdeep.inference.runner.timing import Bench, Timing
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -220,7 +214,7 @@ def test_rows_of_every_kind_are_moved_on_the_device():
 
 def test_the_model_that_moves_rows_is_onnx():
     for kind, inputs in (("Gather", ["tensor(float)", "tensor(int64)"]), ("Concat", ["tensor(bool)"] * 200)):
-        model = onnx.load_from_string(runner.one_node(kind, inputs))
+        model = onnx.load_from_string(one_node(kind, inputs))
         (node,), graph = model.graph.node, model.graph
         assert (node.op_type, node.attribute[0].name, node.attribute[0].i) == (kind, "axis", 0)
         assert [*node.input, *node.output] == [value.name for value in (*graph.input, *graph.output)]
@@ -259,7 +253,7 @@ def test_a_gpu_is_chosen_by_its_number(monkeypatch):
     engine.take(np.zeros(3, np.float32), np.array([1]))
     assert opened[1:] == [[("CUDAExecutionProvider", {"device_id": 2, "use_tf32": 0})]]
     assert Settings().device is None
-    with pytest.raises(runner.RunnerError, match="numbered from 0 on, got device_id=-1"):
+    with pytest.raises(RunnerError, match="numbered from 0 on, got device_id=-1"):
         Settings(device_id=-1).open(b"", "a stage")
 
 
@@ -317,7 +311,7 @@ def test_another_provider_may_be_timed_later(exported, tmp_path):
     assert {path.name for path in folder.iterdir()} == set(out.files)  # nothing half-written is left
     Runner(folder, "single")
     (folder / "manifest.json").write_text(json.dumps({**manifest, "laziness": []}))
-    with pytest.raises(runner.RunnerError, match=r"laziness = \[\] is not a mapping from names"):
+    with pytest.raises(RunnerError, match=r"laziness = \[\] is not a mapping from names"):
         write_laziness(folder, Bench("CPUExecutionProvider", own, latency))
 
 
@@ -366,14 +360,14 @@ def test_normalisation_may_lie_in_the_graph(pixels, small):
         np.testing.assert_allclose(one, logits[exit].numpy(), atol=1e-4)
     assert pixels.manifest["inputs"][0]["dtype"] == "uint8"
     assert pixels.manifest["preprocessing"] == {"mean": list(MEAN), "std": list(STD)}
-    with pytest.raises(runner.RunnerError, match="uint8"):
+    with pytest.raises(RunnerError, match="uint8"):
         Runner(pixels.folder)(images.astype(np.float32))
 
 
 def test_what_was_not_asked_for_is_not_there(pixels):
     assert not (pixels.folder / "batched.onnx").exists()
     assert pixels.manifest["batched"] is None
-    with pytest.raises(runner.RunnerError, match="without a batched file"):
+    with pytest.raises(RunnerError, match="without a batched file"):
         Runner(pixels.folder, "batched")
 
 

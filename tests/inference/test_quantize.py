@@ -10,7 +10,9 @@ from shallowdeep.inference.onnx import export as onnx_export
 from shallowdeep.inference.onnx.convert import convert
 from shallowdeep.inference.onnx.export import export
 from shallowdeep.inference.onnx.quantize import MIN_ROWS, _reaching, body_nodes, quantize_stages
-from shallowdeep.inference.runner import FORMS, Runner, Settings
+from shallowdeep.inference.runner.folder import Runner
+from shallowdeep.inference.runner.manifest import FORMS
+from shallowdeep.inference.runner.sessions import Settings
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -13,7 +13,9 @@ import pytest
 
 import shallowdeep as sd
 from shallowdeep.inference.onnx.export import export
-from shallowdeep.inference.runner import Runner, RunnerError, Settings, Timing, bench, time_leaving
+from shallowdeep.inference.runner.folder import Runner
+from shallowdeep.inference.runner.sessions import RunnerError, Settings
+from shallowdeep.inference.runner.timing import Timing, bench, time_leaving
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

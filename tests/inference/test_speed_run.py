@@ -12,9 +12,10 @@ import torch
 from shallowdeep import runs
 from shallowdeep.config import load_config
 from shallowdeep.errors import ConfigError, UnknownName
-from shallowdeep.inference import runner
 from shallowdeep.inference.engine import Engine
-from shallowdeep.inference.runner import Runner, Settings, Timing
+from shallowdeep.inference.runner.folder import Runner
+from shallowdeep.inference.runner.sessions import Settings
+from shallowdeep.inference.runner.timing import Timing
 from shallowdeep.inference.speed import EXITS, PLAIN, SpeedReport
 from shallowdeep.inference.speed import Timing as Timed
 from shallowdeep.inference.timing.folder import bench_folder

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from shallowdeep.errors import ConfigError, ShallowDeepError
-from shallowdeep.inference.runner import Answers, Latency, Leaving, RunnerError, Values
+from shallowdeep.inference.cascade import Answers, Latency, Leaving, Values
+from shallowdeep.inference.runner.sessions import RunnerError
 from shallowdeep.networks.calls import first_line
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.policies.rules import Confidence, ExitPolicy, exits_of
@@ -22,7 +23,7 @@ PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloa
 
 @runtime_checkable
 class Driver(Protocol):
-    """Runs batches for an engine: ``runner.Cascade`` on stages, ``eager.Eager`` on the network itself.
+    """Runs batches for an engine: ``cascade.Cascade`` on stages, ``eager.Eager`` on the network itself.
 
     Attributes:
         costs: of leaving at each of its exits, as a share of the plain backbone.

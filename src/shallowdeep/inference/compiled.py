@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from shallowdeep.errors import ConfigError, NetworkError
 from shallowdeep.inference.backends import PRECISIONS, Order
-from shallowdeep.inference.runner import Values
+from shallowdeep.inference.cascade import Values
 from shallowdeep.inference.stages import Body, cut
 from shallowdeep.inference.torch_stages import TorchCascade, TorchStages, index_on
 from shallowdeep.networks.calls import first_line, without_autocast

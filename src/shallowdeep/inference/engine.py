@@ -17,8 +17,8 @@ from shallowdeep.data.samples import Samples
 from shallowdeep.data.streams import as_samples
 from shallowdeep.errors import ConfigError, DataError, UnknownName
 from shallowdeep.inference.backends import BACKENDS, PRECISIONS, Driver, Order
+from shallowdeep.inference.cascade import Answers, Latency, Values, collect
 from shallowdeep.inference.onnx.precisions import check_calibration
-from shallowdeep.inference.runner import Answers, Latency, Values, collect
 from shallowdeep.inference.stages import as_values
 from shallowdeep.inference.tuning.result import Tuning
 from shallowdeep.inference.tuning.task import CANDIDATES, make_task

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shallowdeep.inference.backends import PRECISIONS, Order
-from shallowdeep.inference.runner import Answers, Cascade, Latency, Step, Values
+from shallowdeep.inference.cascade import Answers, Cascade, Latency, Step, Values
 from shallowdeep.inference.stages import Body, Stage, as_inputs, cut, thresholds_of
 from shallowdeep.networks.calls import exact_float32, in_eval_mode
 from shallowdeep.networks.sdn import ShallowDeepNetwork
@@ -19,7 +19,7 @@ from shallowdeep.policies.rules import ExitPolicy
 
 
 class TorchStages:
-    """The stages of a network, each called as a PyTorch module (see ``runner.Stages``).
+    """The stages of a network, each called as a PyTorch module (see ``cascade.Stages``).
 
     Args:
         bodies: what ``cut`` gave, on the device they shall run on.
@@ -100,7 +100,7 @@ class TorchCascade(Cascade):
 
 
 class PlainStage:
-    """The backbone alone, as one stage at whose end everybody leaves (see ``runner.Stages``)."""
+    """The backbone alone, as one stage at whose end everybody leaves (see ``cascade.Stages``)."""
 
     sizes: Sequence[int] | None = None
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from shallowdeep.errors import NetworkError, require
+from shallowdeep.inference.cascade import Values
 from shallowdeep.inference.onnx.fold import StageModel
 from shallowdeep.inference.onnx.pixels import Pixels
-from shallowdeep.inference.runner import OUT, Values
+from shallowdeep.inference.runner.stages import OUT
 from shallowdeep.inference.stages import EXPORT_ROWS, Stage, as_values, cut, thresholds_of
 from shallowdeep.networks.calls import distinct_rows, first_line
 from shallowdeep.networks.sdn import ShallowDeepNetwork

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +12,21 @@ from typing import Any
 import torch
 
 from shallowdeep.errors import ConfigError, NetworkError, UnknownName
-from shallowdeep.inference import runner
 from shallowdeep.inference.onnx.convert import OPSET, as_typed, convert
 from shallowdeep.inference.onnx.fold import StageModel, check_nesting, fold
+from shallowdeep.inference.onnx.joined import joined
 from shallowdeep.inference.onnx.manifest import NOT_LAZY, describe, describe_laziness
 from shallowdeep.inference.onnx.parity import Parity, check_folder, extremes_of
 from shallowdeep.inference.onnx.pixels import pixels_of
 from shallowdeep.inference.onnx.precisions import PRECISIONS, WEIGHT_BITS, check_calibration, quantised
-from shallowdeep.inference.runner import Runner, RunnerError, Settings, Timing
+from shallowdeep.inference.runner.folder import Runner
+from shallowdeep.inference.runner.manifest import MANIFEST
+from shallowdeep.inference.runner.sessions import RunnerError, Settings
+from shallowdeep.inference.runner.timing import Timing, time_leaving
 from shallowdeep.inference.stages import thresholds_of
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.policies.rules import ExitPolicy, exits_of
-from shallowdeep.storage import making, write_json
+from shallowdeep.storage import making, write_json, write_text
 
 LAZINESS_REPEATS = 20
 PROVIDER = "CPUExecutionProvider"  # that an export is timed on; ``write_laziness`` adds others
@@ -119,7 +121,7 @@ def export(
     floats = cut_up.models
     models = floats if precision == "fp32" else quantised(cut_up, policy, calibration, weight_bits)
     with making(folder) as partial:
-        shutil.copyfile(runner.__file__, partial / "run.py")
+        write_text(partial / "run.py", joined("shallowdeep.inference.runner.command"))
         manifest = describe(sdn, policy, cut_up, precision, opset, class_names)
         manifest["stages"] = [_stage_part(partial, place, model) for place, model in enumerate(models)]
         thresholds = list(thresholds_of(policy))
@@ -130,17 +132,17 @@ def export(
         if precision == "int8":
             manifest["weight_bits"] = weight_bits or WEIGHT_BITS[0]
             manifest["bytes_of_fp32"] = sum(len(one.model.SerializeToString()) for one in floats)
-        write_json(partial / runner.MANIFEST, manifest)
+        write_json(partial / MANIFEST, manifest)
         try:
             parity = check_folder(partial, cut_up, policy, precision)
             manifest["parity"] = dataclasses.asdict(parity)
             manifest["extremes"] = extremes_of(partial, policy)
-            write_json(partial / runner.MANIFEST, manifest)
+            write_json(partial / MANIFEST, manifest)
             timings = _laziness(partial, manifest)
         except RunnerError as error:
             raise NetworkError(f"what was exported does not run: {error}") from error
         manifest["laziness"] = {PROVIDER: describe_laziness(timings)}
-        write_json(partial / runner.MANIFEST, manifest)
+        write_json(partial / MANIFEST, manifest)
         files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
     return Export(folder, files, parity, timings, manifest)
 
@@ -161,4 +163,4 @@ def _laziness(folder: Path, manifest: Mapping[str, Any]) -> tuple[Timing, ...]:
         return ()
     settings = Settings(threads=torch.get_num_threads(), providers=(PROVIDER,))
     forms = [form for form in ("single", "batched") if manifest[form] is not None]
-    return tuple(runner.time_leaving(Runner(folder, form, settings=settings), 1, LAZINESS_REPEATS) for form in forms)
+    return tuple(time_leaving(Runner(folder, form, settings=settings), 1, LAZINESS_REPEATS) for form in forms)

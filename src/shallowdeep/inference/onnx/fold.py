@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from shallowdeep.errors import NetworkError, require
-from shallowdeep.inference.runner import OUT
+from shallowdeep.inference.runner.stages import OUT
 
 NESTING = 24  # an If costs protobuf three levels of messages, and its readers refuse a hundred
 

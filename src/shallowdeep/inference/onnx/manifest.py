@@ -9,7 +9,8 @@ from typing import Any
 
 from shallowdeep.errors import require
 from shallowdeep.inference.onnx.convert import Converted
-from shallowdeep.inference.runner import FORMAT, MANIFEST, Bench, Timing, read_manifest
+from shallowdeep.inference.runner.manifest import FORMAT, MANIFEST, read_manifest
+from shallowdeep.inference.runner.timing import Bench, Timing
 from shallowdeep.inference.stages import thresholds_of
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.policies.rules import ExitPolicy, exits_of
@@ -83,7 +84,7 @@ def write_laziness(folder: str | Path, bench: Bench) -> None:
 
     Args:
         folder: what ``export`` wrote.
-        bench: what ``runner.bench`` found there.
+        bench: what ``runner.timing.bench`` found there.
 
     Raises:
         RunnerError: the folder has no usable manifest.

@@ -8,8 +8,10 @@ import torch
 
 from shallowdeep.errors import ConfigError, require
 from shallowdeep.inference.backends import Order
+from shallowdeep.inference.cascade import Cascade
 from shallowdeep.inference.onnx.precisions import models_for
-from shallowdeep.inference.runner import Cascade, OnnxStages, Provider, RunnerError, Settings
+from shallowdeep.inference.runner.sessions import Provider, RunnerError, Settings
+from shallowdeep.inference.runner.stages import OnnxStages
 from shallowdeep.inference.stages import thresholds_of
 
 MICRO_BATCH = 32  # rows at a time at which ONNX Runtime is best; larger blocks go back to the system in between
@@ -45,7 +47,8 @@ def build_onnx(order: Order) -> Cascade:
     """Stages in ONNX Runtime, in this process.
 
     Options: ``threads`` (``None``: as many as PyTorch uses), ``providers`` (``None``: the one of the network's device),
-    ``spinning``, ``shared_pool`` (see ``runner.Settings``), and for int8 ``weight_bits`` (see ``quantize_stages``).
+    ``spinning``, ``shared_pool`` (see ``runner.sessions.Settings``), and for int8 ``weight_bits`` (see
+    ``quantize_stages``).
 
     Raises:
         ConfigError: this onnxruntime has no provider for the network's device, or not the one asked for.

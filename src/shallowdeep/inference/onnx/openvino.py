@@ -11,9 +11,10 @@ import torch
 
 from shallowdeep.errors import ConfigError, NetworkError, require
 from shallowdeep.inference.backends import Order
+from shallowdeep.inference.cascade import Cascade, Step, Values
 from shallowdeep.inference.onnx.onnxruntime import MICRO_BATCH
 from shallowdeep.inference.onnx.precisions import models_for
-from shallowdeep.inference.runner import OUT, Cascade, Step, Values
+from shallowdeep.inference.runner.stages import OUT
 from shallowdeep.inference.stages import thresholds_of
 from shallowdeep.networks.calls import first_line
 
@@ -21,7 +22,7 @@ HINTS = {"fp32": "f32", "int8": "f32", "bf16": "bf16"}  # left alone, OpenVINO t
 
 
 class OpenVinoStages:
-    """The stages of a network in OpenVINO, a compiled model each (see ``runner.Stages``).
+    """The stages of a network in OpenVINO, a compiled model each (see ``cascade.Stages``).
 
     Args:
         models: shallow to deep, each the bytes of an ONNX file.

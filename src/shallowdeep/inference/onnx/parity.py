@@ -11,8 +11,11 @@ import numpy as np
 import torch
 
 from shallowdeep.errors import NetworkError
+from shallowdeep.inference.cascade import Answers
 from shallowdeep.inference.onnx.convert import Converted
-from shallowdeep.inference.runner import Answers, Runner, Settings, made_up
+from shallowdeep.inference.runner.folder import Runner
+from shallowdeep.inference.runner.sessions import Settings
+from shallowdeep.inference.runner.timing import made_up
 from shallowdeep.inference.stages import thresholds_of
 from shallowdeep.inference.ties import nudged, with_numbers
 from shallowdeep.networks.calls import exact_float32

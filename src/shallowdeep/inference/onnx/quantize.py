@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from shallowdeep.errors import NetworkError, require
+from shallowdeep.inference.cascade import Values
 from shallowdeep.inference.onnx.fold import StageModel
-from shallowdeep.inference.runner import OUT, OnnxStages, RunnerError, Settings, Values
+from shallowdeep.inference.runner.sessions import RunnerError, Settings
+from shallowdeep.inference.runner.stages import OUT, OnnxStages
 from shallowdeep.networks.calls import first_line
 
 MIN_ROWS = 64  # that a stage is calibrated on, if need be with samples that would have left before it

@@ -16,7 +16,7 @@ from shallowdeep.errors import require
 from shallowdeep.inference.backends import NO_EXITS, PRECISIONS, Order
 from shallowdeep.inference.onnx.onnxruntime import provider_for
 from shallowdeep.inference.onnx.precisions import models_for
-from shallowdeep.inference.runner import Settings
+from shallowdeep.inference.runner.sessions import Settings
 from shallowdeep.inference.stages import as_values
 from shallowdeep.networks.calls import exact_float32
 from shallowdeep.networks.compiler import check_compiler

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from shallowdeep.errors import ConfigError, require
 from shallowdeep.inference.onnx.manifest import write_laziness
-from shallowdeep.inference.runner import Bench, RunnerError, Settings, bench
+from shallowdeep.inference.runner.sessions import RunnerError, Settings
+from shallowdeep.inference.runner.timing import Bench, bench
 
 
 def bench_folder(

@@ -12,8 +12,10 @@ import numpy as np
 
 from shallowdeep.errors import ConfigError
 from shallowdeep.inference.backends import BACKENDS, NO_EXITS, Driver, why_not
+from shallowdeep.inference.cascade import Answers, Values
 from shallowdeep.inference.engine import Engine
-from shallowdeep.inference.runner import DEVICES, Answers, OnnxStages, Values
+from shallowdeep.inference.runner.sessions import DEVICES
+from shallowdeep.inference.runner.stages import OnnxStages
 from shallowdeep.inference.sizes import powers_up_to, rows_at_a_time
 from shallowdeep.inference.speed import (
     ALL_EXITS,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shallowdeep.errors import ConfigError, UnknownName
 from shallowdeep.inference.backends import BACKENDS, NO_EXITS, Driver, Order
-from shallowdeep.inference.runner import Values
+from shallowdeep.inference.cascade import Values
 from shallowdeep.inference.sizes import built_for
 from shallowdeep.inference.stages import as_values
 from shallowdeep.networks.calls import distinct_rows
