@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 import shallowdeep as sd
-from shallowdeep.inference.bench import agreement
 from shallowdeep.inference.runner.sessions import Settings
+from shallowdeep.inference.timing.bench import agreement
 from shallowdeep.provenance import describe_environment
 from shallowdeep.storage import write_json
 from shallowdeep.versions import versions_of

@@ -25,7 +25,7 @@ import torch
 from shallowdeep.data.samples import Splits
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.provenance import describe_environment
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 from shallowdeep.traces.record import record
 from shallowdeep.training.features import FeatureReuse
 from shallowdeep.training.loop import fit

@@ -27,10 +27,10 @@ import torch
 
 from shallowdeep.inference.engine import Engine
 from shallowdeep.inference.onnx.export import export
-from shallowdeep.inference.speed import spread
+from shallowdeep.inference.timing.speed import spread
 from shallowdeep.policies.rules import Confidence
 from shallowdeep.provenance import describe_environment
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 from shallowdeep.versions import versions_of
 
 WARM_UP = 2  # rounds that do not count

@@ -33,7 +33,7 @@ import shallowdeep.storage
 from shallowdeep.config import RunConfig, load_config
 from shallowdeep.data.samples import Splits
 from shallowdeep.data.sources import load_data
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 from shallowdeep.traces.trace import Trace
 
 SEEDS = 3  # so many different runs are repeated

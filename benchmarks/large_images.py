@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from shallowdeep.inference.bench import measure_speed
+from shallowdeep.inference.timing.bench import measure_speed
 from shallowdeep.networks.attach import attach
 from shallowdeep.networks.inputs import example_inputs_for
 from shallowdeep.networks.zoo import load_network

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shallowdeep.inference.speed import spread
+from shallowdeep.inference.timing.speed import spread
 from shallowdeep.networks.attach import attach
 from shallowdeep.networks.zoo import load_network
 from shallowdeep.provenance import describe_machine

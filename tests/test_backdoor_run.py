@@ -9,7 +9,7 @@ from shallowdeep.cli import app
 from shallowdeep.config import load_config
 from shallowdeep.errors import ConfigError, FileFormatError, UnknownName
 from shallowdeep.policies.rules import Confidence
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 from shallowdeep.storage import read_json, write_json
 
 ATTACK = {

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from shallowdeep.cli import app
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.policies.replay import replay
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 from shallowdeep.storage import load_tensors, save_tensors
 from shallowdeep.traces.trace import Trace
 
@@ -331,7 +331,7 @@ def test_a_start_that_fails_leaves_an_archived_run_as_it_was(runs, tmp_path, she
     def fails(*words, **options):
         raise OSError("no power")
 
-    monkeypatch.setattr("shallowdeep.runs.fit", fails)
+    monkeypatch.setattr("shallowdeep.runs.run.fit", fails)
     assert shell("fit", "--resume", "--out", tmp_path / "kept")[0] == 2
     assert {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir() if path.is_file()} == before
 

@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from shallowdeep.config import load_config
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 
 resource = pytest.importorskip("resource")  # of Unix alone
 
@@ -37,7 +37,7 @@ from pathlib import Path
 import lightning_fabric, sklearn.datasets
 import shallowdeep.cli
 from shallowdeep.data import sources
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 
 def fill_after(num_checkpoints, num_bytes):
     def fill():

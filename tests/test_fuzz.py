@@ -32,7 +32,7 @@ from shallowdeep.networks.zoo import load_network
 from shallowdeep.policies.replay import replay
 from shallowdeep.policies.rules import Confidence, Patience, policy_from_dict
 from shallowdeep.provenance import describe_start
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 from shallowdeep.storage import read_json
 from shallowdeep.traces.trace import Trace, TraceInfo
 from shallowdeep.training.checkpoint import Checkpoint

@@ -20,7 +20,7 @@ from shallowdeep.networks.attach import attach
 from shallowdeep.networks.zoo import load_network
 from shallowdeep.policies.calibrate import calibrate
 from shallowdeep.policies.replay import replay
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 from shallowdeep.storage import load_tensors, read_json
 from shallowdeep.traces.record import record
 from shallowdeep.training.loop import fit

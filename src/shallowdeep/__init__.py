@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from shallowdeep.policies.calibrate import calibrate
     from shallowdeep.policies.replay import Decisions, oracle, replay, sweep, sweep_confidence
     from shallowdeep.policies.rules import Confidence, ExitPolicy, Patience, Verdict, policy_from_dict
-    from shallowdeep.runs import Run
+    from shallowdeep.runs.run import Run
     from shallowdeep.traces.record import record
     from shallowdeep.traces.trace import Trace, TraceInfo
     from shallowdeep.training.features import FeatureReuse
@@ -80,7 +80,7 @@ _HOMES = {
     "policies.calibrate": ["calibrate"],
     "policies.replay": ["Decisions", "oracle", "replay", "sweep", "sweep_confidence"],
     "policies.rules": ["Confidence", "ExitPolicy", "Patience", "Verdict", "policy_from_dict"],
-    "runs": ["Run"],
+    "runs.run": ["Run"],
     "traces.record": ["record"],
     "traces.trace": ["Trace", "TraceInfo"],
     "training.features": ["FeatureReuse"],

@@ -103,7 +103,7 @@ def fit(
     """Train a Shallow-Deep Network into a run folder."""
     from shallowdeep.config import load_config
     from shallowdeep.processes import is_first
-    from shallowdeep.runs import Run
+    from shallowdeep.runs.run import Run
 
     named = {
         "data": data, "data_dir": data_dir, "network": network, "strategy": strategy, "recipe.name": recipe,
@@ -127,7 +127,7 @@ def fit(
 def record(run: RunFolder, precision: Precision = "fp32") -> None:
     """Run each split through the trained network once, and keep what every exit said."""
     from shallowdeep.processes import is_first
-    from shallowdeep.runs import Run
+    from shallowdeep.runs.run import Run
 
     for split, trace in Run.open(run).record(precision=precision).items():
         if is_first():
@@ -142,7 +142,7 @@ def analyze(
 ) -> None:
     """Overthinking, confusion and accuracy within budgets, from what was recorded."""
     from shallowdeep.analysis.together import analyze_traces
-    from shallowdeep.runs import Run
+    from shallowdeep.runs.run import Run
     from shallowdeep.traces.trace import Trace
 
     if source.is_dir():
@@ -171,7 +171,7 @@ def calibrate(
     precision: Precision = "fp32",
 ) -> None:
     """Choose when to stop, on validation data; writes policy.json, or policy-int8.json for that precision."""
-    from shallowdeep.runs import Run
+    from shallowdeep.runs.run import Run
 
     chosen = Run.open(run)
     decisions = chosen.calibrate(
@@ -195,7 +195,7 @@ def replay(
     precision: Precision = "fp32",
 ) -> None:
     """What the chosen policy does on a recorded split."""
-    from shallowdeep.runs import Run
+    from shallowdeep.runs.run import Run
 
     decisions = Run.open(run).replay(split, precision=precision)
     show(f"Policy on {split}", decisions.rows())
@@ -210,7 +210,7 @@ def export(
     uint8: Annotated[bool, typer.Option("--uint8", help="take images as they are in files")] = False,
 ) -> None:
     """Write the network and its policy as a folder that runs without PyTorch."""
-    from shallowdeep.runs import Run
+    from shallowdeep.runs.run import Run
 
     typer.echo(str(Run.open(run).export(out, precision=precision, uint8=uint8)))
     typer.echo(f"Next: python {out / 'run.py'} images.npy --out answers.npz")
@@ -258,8 +258,8 @@ def bench(
         typer.echo(f"{found}\nWritten into {run / 'manifest.json'}")
         return
     _refuse({"--provider": provider}, "for an exported folder; name back ends by --backend")
-    from shallowdeep.inference.bench import DEFAULT_BACKENDS
-    from shallowdeep.runs import Run
+    from shallowdeep.inference.timing.bench import DEFAULT_BACKENDS
+    from shallowdeep.runs.run import Run
 
     report = Run.open(run).bench(
         batch_sizes=batch_size or (1, 8, 32, 256),
@@ -291,7 +291,7 @@ def report(
     """One page that shows where networks overthink: self-contained, interactive, for the browser."""
     from shallowdeep.report.figures import FORMATS, write_figures
     from shallowdeep.report.html import write_report
-    from shallowdeep.runs import Run
+    from shallowdeep.runs.run import Run
 
     opened = [Run.open(run) for run in runs]
     if figures is not None:
@@ -314,7 +314,7 @@ def explore(
 ) -> None:
     """A local page: pick or drop an image, and see the prediction evolve, exit by exit, as it is computed."""
     from shallowdeep.explore.server import serve
-    from shallowdeep.runs import Run
+    from shallowdeep.runs.run import Run
 
     serve(Run.open(run), host=host, port=port, max_upload_mb=max_upload, open_browser=open_, say=typer.echo)
 

@@ -10,7 +10,7 @@ from shallowdeep.analysis.overthinking import measure_overthinking
 from shallowdeep.config import load_config
 from shallowdeep.errors import require
 from shallowdeep.report.html import write_report
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 
 DIGITS = {"data": "digits", "network": "resnet20", "recipe.batch_size": 64, "device": "cpu"}
 EPOCHS = {"plain": 12, "ic_only": 8, "joint": 12}

@@ -15,7 +15,7 @@ from shallowdeep.config import load_config
 from shallowdeep.explore.app import make_app
 from shallowdeep.explore.server import address_of, listen
 from shallowdeep.explore.setting import Setting, open_setting
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from shallowdeep.errors import DataError, NetworkError
 from shallowdeep.explore.preparation import Preparation, prepare_without_data
 from shallowdeep.explore.uploads import read_upload
 from shallowdeep.networks.zoo import load_network
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 
 
 def as_png(pixels):

@@ -12,7 +12,7 @@ from shallowdeep.policies.replay import replay
 from shallowdeep.policies.rules import Confidence, Patience
 from shallowdeep.report.missing import Missing
 from shallowdeep.report.operating import NOBODY
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 from shallowdeep.storage import write_json
 
 
@@ -119,7 +119,7 @@ def test_data_that_are_not_at_hand(digits, tmp_path, monkeypatch):
     def gone(*args, **more):
         raise DataError("no folder /data/digits.")
 
-    monkeypatch.setattr("shallowdeep.runs.load_data", gone)
+    monkeypatch.setattr("shallowdeep.runs.folder.load_data", gone)
     setting = open_setting(run)
     assert isinstance(setting.shelf, Missing)
     assert setting.notes[0] == "no images of the test split to pick: no folder /data/digits."

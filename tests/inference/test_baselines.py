@@ -9,11 +9,14 @@ import torch
 
 import shallowdeep as sd
 from shallowdeep.inference import torch_stages
-from shallowdeep.inference.bench import measure_speed
 from shallowdeep.inference.cascade import Cascade
 from shallowdeep.inference.runner.sessions import Settings
 from shallowdeep.inference.runner.stages import OnnxStages
-from shallowdeep.inference.speed import (
+from shallowdeep.inference.timing import lanes
+from shallowdeep.inference.timing.bare import bare_compiled, bare_onnx
+from shallowdeep.inference.timing.bench import measure_speed
+from shallowdeep.inference.timing.lanes import Workshop
+from shallowdeep.inference.timing.speed import (
     ALL_EXITS,
     BARE,
     EXITS,
@@ -25,9 +28,6 @@ from shallowdeep.inference.speed import (
     SpeedReport,
     Timing,
 )
-from shallowdeep.inference.timing import lanes
-from shallowdeep.inference.timing.bare import bare_compiled, bare_onnx
-from shallowdeep.inference.timing.lanes import Workshop
 from shallowdeep.inference.timing.whole import in_one_piece
 
 

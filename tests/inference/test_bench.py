@@ -10,9 +10,11 @@ import torch
 import shallowdeep as sd
 from shallowdeep.errors import ConfigError, MissingExtra, TraceError, UnknownName
 from shallowdeep.inference.backends import BACKENDS
-from shallowdeep.inference.bench import agreement, measure_speed
 from shallowdeep.inference.cascade import Latency
-from shallowdeep.inference.speed import (
+from shallowdeep.inference.timing import lanes, one_at_a_time
+from shallowdeep.inference.timing.bench import agreement, measure_speed
+from shallowdeep.inference.timing.one_at_a_time import OneAtATime
+from shallowdeep.inference.timing.speed import (
     ALL_EXITS,
     BOUND,
     EXITS,
@@ -27,8 +29,6 @@ from shallowdeep.inference.speed import (
     spread,
     static,
 )
-from shallowdeep.inference.timing import lanes, one_at_a_time
-from shallowdeep.inference.timing.one_at_a_time import OneAtATime
 from shallowdeep.inference.timing.stage_times import stage_times
 
 OF_ONE_ENGINE = {

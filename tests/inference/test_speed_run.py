@@ -16,12 +16,12 @@ from shallowdeep.inference.engine import Engine
 from shallowdeep.inference.runner.folder import Runner
 from shallowdeep.inference.runner.sessions import Settings
 from shallowdeep.inference.runner.timing import Timing
-from shallowdeep.inference.speed import EXITS, PLAIN, SpeedReport
-from shallowdeep.inference.speed import Timing as Timed
 from shallowdeep.inference.timing.folder import bench_folder
+from shallowdeep.inference.timing.speed import EXITS, PLAIN, SpeedReport
+from shallowdeep.inference.timing.speed import Timing as Timed
 from shallowdeep.policies.replay import replay
 from shallowdeep.policies.rules import Confidence
-from shallowdeep.runs import CALIBRATION_SIZE, Run
+from shallowdeep.runs.run import CALIBRATION_SIZE, Run
 from shallowdeep.storage import read_json, write_json
 
 onnxruntime = pytest.importorskip("onnxruntime")

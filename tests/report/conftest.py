@@ -10,7 +10,7 @@ from studies.tiny_network import RUN
 
 from shallowdeep.config import load_config
 from shallowdeep.policies.rules import ExitPolicy
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 from shallowdeep.storage import write_json
 from shallowdeep.traces.trace import Trace
 

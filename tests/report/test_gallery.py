@@ -11,7 +11,7 @@ from shallowdeep.data.images import ImageSet
 from shallowdeep.data.samples import Splits
 from shallowdeep.errors import DataError
 from shallowdeep.report.gallery import by_class, images_of, make_galleries, png_url
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 from shallowdeep.traces.trace import TraceInfo
 
 PIL = pytest.importorskip("PIL.Image")

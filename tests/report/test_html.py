@@ -30,7 +30,7 @@ def written(make_run, tmp_path):
 
 
 def test_the_samples_in_the_page_are_those_of_the_trace(written, tmp_path):
-    from shallowdeep.runs import Run
+    from shallowdeep.runs.run import Run
 
     run = data_of(written[1])["runs"]["run0"]
     test = Run.open(tmp_path / "run").trace("test")

@@ -9,7 +9,7 @@ from report.browsing import ROUNDING, assert_replays, assert_whole, numbers_of, 
 from shallowdeep.policies.replay import replay
 from shallowdeep.policies.rules import Confidence
 from shallowdeep.report.html import write_report
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 
 
 @pytest.fixture(scope="module")

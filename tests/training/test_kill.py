@@ -146,7 +146,7 @@ from dataclasses import replace
 import safetensors.torch, sklearn.datasets
 import shallowdeep.storage
 from shallowdeep.config import load_config
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 from shallowdeep.storage import write_json
 
 def die(*_):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from shallowdeep.config import load_config
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 from shallowdeep.storage import load_tensors
 
 FIT = {

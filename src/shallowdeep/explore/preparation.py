@@ -17,7 +17,7 @@ from shallowdeep.data.preprocess import Preprocessing
 from shallowdeep.data.sources import SOURCES
 from shallowdeep.errors import DataError, NetworkError, require
 from shallowdeep.networks.inputs import example_inputs_for, preprocessing_of
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 
 
 @dataclass(frozen=True)

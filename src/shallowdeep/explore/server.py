@@ -9,7 +9,7 @@ import webbrowser
 from collections.abc import Callable
 
 from shallowdeep.errors import ConfigError, require
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 
 MOST_AT_ONCE = 32
 """Connections; each may hold one upload in memory."""

@@ -25,7 +25,7 @@ from shallowdeep.policies.rules import Confidence, ExitPolicy, exits_of
 from shallowdeep.report.missing import Missing, attempt
 from shallowdeep.report.operating import NOBODY, find_start, policy_of
 from shallowdeep.report.suspicion import Suspicion, measure_suspicion
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 from shallowdeep.traces.trace import Trace
 
 

@@ -10,7 +10,7 @@ from shallowdeep.errors import ConfigError
 from shallowdeep.report.early import EarlyExits, look_at_exits
 from shallowdeep.report.missing import Missing
 from shallowdeep.report.origins import Origins, find_origins
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 
 
 @dataclass(frozen=True)

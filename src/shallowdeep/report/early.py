@@ -22,7 +22,7 @@ from shallowdeep.report.operating import OtherPolicy, Start, find_start, policy_
 from shallowdeep.report.saliency import View, make_views
 from shallowdeep.report.samples import PackedSamples, pack
 from shallowdeep.report.suspicion import Suspicion, measure_suspicion
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 from shallowdeep.storage import load_tensors, read_json
 from shallowdeep.traces.trace import Trace
 

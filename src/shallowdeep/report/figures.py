@@ -14,7 +14,7 @@ from shallowdeep.report.plots.figure import Plot
 from shallowdeep.report.plots.images import draw_galleries
 from shallowdeep.report.plots.page import make_plots
 from shallowdeep.report.plots.paper import draw_plot, styled
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 from shallowdeep.storage import replacing
 
 FORMATS = ("svg", "pdf")

@@ -13,7 +13,7 @@ from torch import Tensor
 from shallowdeep.analysis.overthinking import Overthinking, measure_overthinking
 from shallowdeep.data.images import ImageSet
 from shallowdeep.errors import DataError, require
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 from shallowdeep.traces.trace import Trace
 
 PER_EXIT, PER_ROW = 6, 12

@@ -14,7 +14,7 @@ from shallowdeep.report.gallery import MAX_CLASSES
 from shallowdeep.report.missing import Missing
 from shallowdeep.report.plots.page import make_plots
 from shallowdeep.report.words import count, percent, points, signed, verdict
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 from shallowdeep.storage import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"

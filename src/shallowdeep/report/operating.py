@@ -11,7 +11,7 @@ from shallowdeep.analysis.budgets import Budgets
 from shallowdeep.policies.replay import Decisions, replay
 from shallowdeep.policies.rules import Confidence, ExitPolicy
 from shallowdeep.report.missing import Missing, attempt
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 from shallowdeep.storage import read_json
 from shallowdeep.traces.trace import Trace
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from shallowdeep.report.missing import Missing, attempt
 from shallowdeep.report.operating import options_of
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 from shallowdeep.storage import read_json
 
 SHOWN = ("python", "processor", "accelerator", "cores", "threads", "processes", "started", "revision")

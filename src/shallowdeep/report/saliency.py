@@ -12,7 +12,7 @@ from torch import Tensor
 from shallowdeep.analysis.gradcam import gradcam
 from shallowdeep.data.images import ImageSet
 from shallowdeep.report.gallery import Gallery, class_names, png_url
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 from shallowdeep.traces.trace import Trace
 
 ORANGE = (245.0, 140.0, 0.0)

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from shallowdeep.config import RunConfig
 from shallowdeep.errors import ConfigError, FileFormatError
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 from shallowdeep.storage import write_json
 from shallowdeep.studies.measurement import measure
 from shallowdeep.studies.results import CellResult, read_result

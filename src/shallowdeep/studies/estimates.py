@@ -13,7 +13,7 @@ from shallowdeep.config import RunConfig
 from shallowdeep.errors import FileFormatError
 from shallowdeep.networks.attach import total_flops
 from shallowdeep.networks.zoo import NETWORKS, load_network
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 from shallowdeep.storage import read_json
 from shallowdeep.studies.cells import Cell, Place
 from shallowdeep.studies.measurement import read_history, seconds_of

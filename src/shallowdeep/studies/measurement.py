@@ -12,7 +12,7 @@ from shallowdeep.analysis.overthinking import measure_overthinking
 from shallowdeep.config import RunConfig
 from shallowdeep.errors import FileFormatError, TraceError
 from shallowdeep.networks.sdn import ShallowDeepNetwork
-from shallowdeep.runs import Run
+from shallowdeep.runs.run import Run
 from shallowdeep.storage import parse_json, read_json
 from shallowdeep.studies.results import CellResult, Provenance, Start
 from shallowdeep.traces.trace import Trace

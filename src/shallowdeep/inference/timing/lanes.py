@@ -17,7 +17,11 @@ from shallowdeep.inference.engine import Engine
 from shallowdeep.inference.runner.sessions import DEVICES
 from shallowdeep.inference.runner.stages import OnnxStages
 from shallowdeep.inference.sizes import powers_up_to, rows_at_a_time
-from shallowdeep.inference.speed import (
+from shallowdeep.inference.stages import as_values
+from shallowdeep.inference.timing.bare import bare_compiled, bare_onnx
+from shallowdeep.inference.timing.one_at_a_time import OneAtATime
+from shallowdeep.inference.timing.smaller import ending_at
+from shallowdeep.inference.timing.speed import (
     ALL_EXITS,
     BARE,
     EXITS,
@@ -30,10 +34,6 @@ from shallowdeep.inference.speed import (
     LeftOut,
     static,
 )
-from shallowdeep.inference.stages import as_values
-from shallowdeep.inference.timing.bare import bare_compiled, bare_onnx
-from shallowdeep.inference.timing.one_at_a_time import OneAtATime
-from shallowdeep.inference.timing.smaller import ending_at
 from shallowdeep.inference.timing.whole import in_one_piece
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.policies.replay import replay

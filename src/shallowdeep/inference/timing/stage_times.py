@@ -10,7 +10,7 @@ import numpy as np
 from shallowdeep.inference.cascade import Latency
 from shallowdeep.inference.engine import Engine
 from shallowdeep.inference.sizes import rows_at_a_time
-from shallowdeep.inference.speed import BOUND, LINEAR, STAGES
+from shallowdeep.inference.timing.speed import BOUND, LINEAR, STAGES
 
 
 def stage_times(engine: Engine, batches: Sequence[Any], exits: Sequence[np.ndarray]) -> dict[str, float]:

@@ -16,10 +16,10 @@ from shallowdeep.data.pytrees import row_counts, take_rows
 from shallowdeep.data.samples import Batch, IndexedSamples, Samples
 from shallowdeep.errors import ConfigError, TraceError, UnknownName, require
 from shallowdeep.inference.backends import BACKENDS, PRECISIONS
-from shallowdeep.inference.speed import EXITS, IN_PARTS, ONE_AT_A_TIME, PLAIN, WHOLE_BATCH, SpeedReport, Timing
 from shallowdeep.inference.stages import thresholds_of
 from shallowdeep.inference.timing.lanes import Lane, Workshop
 from shallowdeep.inference.timing.rounds import Tally, time_in_turn
+from shallowdeep.inference.timing.speed import EXITS, IN_PARTS, ONE_AT_A_TIME, PLAIN, WHOLE_BATCH, SpeedReport, Timing
 from shallowdeep.networks.costs import Costs
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.policies.replay import replay

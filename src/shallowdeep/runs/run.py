@@ -1,12 +1,4 @@
-"""A run: its configuration, its folder, and the steps that fill it.
-
-A run folder is the whole provenance of a number::
-
-    config.json  environment.json  history.jsonl  sdn.safetensors  traces/  policy.json  results/
-
-A precision other than fp32 answers otherwise, so it has Traces, a policy and results of its own, with its name behind
-theirs: ``traces/val-int8.safetensors``, ``policy-int8.json``.
-"""
+"""The steps that fill a run folder."""
 
 from __future__ import annotations
 
@@ -18,107 +10,42 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from shallowdeep.analysis.backdoor import measure_backdoor
 from shallowdeep.analysis.budgets import cross_fit_budgets
 from shallowdeep.analysis.together import Result, analyze_traces
-from shallowdeep.config import RunConfig, explain
 from shallowdeep.data.samples import SPLITS, IndexedSamples, Splits
-from shallowdeep.data.sources import load_data
-from shallowdeep.data.text import TEXTS
 from shallowdeep.data.triggers import poison, stamp, triggered
-from shallowdeep.errors import ConfigError, DataError, FileFormatError, MissingExtra, UnknownName
+from shallowdeep.errors import ConfigError, DataError, MissingExtra, UnknownName
 from shallowdeep.inference.backends import PRECISIONS
-from shallowdeep.inference.bench import DEFAULT_BACKENDS, first_samples, measure_speed, rows_of, sharing_threads
 from shallowdeep.inference.engine import Engine
 from shallowdeep.inference.onnx.export import Export, export
-from shallowdeep.inference.speed import SpeedReport
+from shallowdeep.inference.timing.bench import DEFAULT_BACKENDS, first_samples, measure_speed, rows_of, sharing_threads
+from shallowdeep.inference.timing.speed import SpeedReport
 from shallowdeep.networks.attach import attach
 from shallowdeep.networks.backbones.weights import put_weights
-from shallowdeep.networks.inputs import preprocessing_of
 from shallowdeep.networks.sdn import ShallowDeepNetwork
-from shallowdeep.networks.zoo import NetworkSpec, load_network
+from shallowdeep.networks.zoo import load_network
 from shallowdeep.policies.calibrate import calibrate
 from shallowdeep.policies.replay import Decisions, replay
-from shallowdeep.policies.rules import ExitPolicy, policy_from_dict
+from shallowdeep.policies.rules import ExitPolicy
 from shallowdeep.processes import is_first, join, make_fabric, num_threads, wait_for_all
 from shallowdeep.provenance import describe_environment, started
-from shallowdeep.storage import load_tensors, making, read_json, sweep, write_json, write_text
+from shallowdeep.runs.folder import RunFolder, check_split, suffix
+from shallowdeep.storage import load_tensors, sweep, write_json
 from shallowdeep.traces.record import record
 from shallowdeep.traces.trace import Trace
 from shallowdeep.training.loop import fit
 from shallowdeep.training.strategies import named_strategy
 
-RECORDED = (*SPLITS, "triggered")
 TRAIN_TRACE_SIZE = 10_000  # samples of the training split that are recorded, for confusion's mean and spread
 CALIBRATION_SIZE = 512  # validation samples on which int8 is calibrated, wherever that is done
 RECORDERS = {"bf16": "eager", "int8": "onnx"}  # back ends that record a Trace in another precision than fp32
 
 
-class Run:
-    """A run folder: what is in it, and the steps that fill it.
-
-    Args:
-        folder: of the run. ``open`` reads one that is there, ``create`` takes a fresh one.
-        config: of the run.
-    """
-
-    def __init__(self, folder: Path, config: RunConfig):
-        self.folder = folder
-        self.config = config
-
-    @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> Run:
-        """A run that is there.
-
-        Raises:
-            FileFormatError: the folder holds no run, or its configuration is damaged.
-        """
-        place = Path(folder)
-        values = read_json(place / "config.json")
-        try:
-            return cls(place, RunConfig.model_validate(values))
-        except ValidationError as error:
-            raise FileFormatError(f"{place / 'config.json'}: {explain(error)}") from None
-
-    @classmethod
-    def create(cls, folder: str | os.PathLike[str], config: RunConfig, *, resume: bool = False) -> Run:
-        """A run in a fresh folder, or the same run to go on with; nothing is written before ``fit``.
-
-        Raises:
-            ConfigError: the folder holds a run already and ``resume`` is not set, or it is another run.
-        """
-        place = Path(folder)
-        if (place / "config.json").exists():
-            if not resume:
-                raise ConfigError(f"{place} holds a run already. Pass --resume to go on, or name another folder.")
-            found, asked = cls.open(place).config.model_dump(), config.model_dump()
-            others = [key for key in found if found[key] != asked[key]]
-            if others:
-                raise ConfigError(
-                    f"{place} holds a run with another configuration ({', '.join(others)}). Name another folder, "
-                    "or go on with that run by --resume without other options."
-                )
-        elif place.exists() and any(path.suffix != ".partial" for path in place.iterdir()):
-            raise ConfigError(f"{place} is neither empty nor a run. Name another folder.")
-        return cls(place, config)
-
-    @property
-    def weights(self) -> Path:
-        """Where the trained network lies."""
-        return self.folder / "sdn.safetensors"
-
-    def load_data(self, net: nn.Module | None = None) -> Splits:
-        """The run's data; images prepared for a network that comes trained, where that is given."""
-        config = self.config
-        options = {"data_dir": config.data_dir, "val_size": config.val_size, **config.data_options}
-        prepared = None if net is None or config.init else preprocessing_of(net)
-        of_images = config.data not in ("digits", *TEXTS)
-        if prepared is not None and config.starts_trained and of_images:
-            options["preprocessing"] = prepared
-        return load_data(config.data, **options)
+class Run(RunFolder):
+    """A run: its folder, and the steps that fill it."""
 
     def build(self, data: Splits) -> ShallowDeepNetwork:
         """The run's network before training: fresh exits, and fresh or given backbone weights."""
@@ -188,14 +115,6 @@ class Run:
         backdoor.target_in(data.class_names)
         return replace(data, train=poison(data.train, backdoor)) if backdoor.rate else data
 
-    def load(self) -> ShallowDeepNetwork:
-        """The trained network, in evaluation mode.
-
-        Where the run's configuration names a function that builds the network, that is called.
-        """
-        name = self.config.network
-        return ShallowDeepNetwork.load(self.weights, trust_code=name if NetworkSpec(name).runs_code else False).eval()
-
     def record(
         self, splits: Iterable[str] | None = None, *, precision: str = "fp32", progress: bool = True
     ) -> dict[str, Trace]:
@@ -236,7 +155,7 @@ class Run:
                     found = engine.record(samples, progress=progress)
                     traces[split] = replace(found, info=replace(found.info, strategy=config.strategy))
             if is_first():
-                traces[split].save(self._trace_file(split, precision))
+                traces[split].save(self.trace_file(split, precision))
         wait_for_all()
         return traces
 
@@ -244,7 +163,7 @@ class Run:
         """The policy of a precision, or of fp32 before one is chosen, looking at all exits."""
         if precision not in RECORDERS:
             raise UnknownName("precision", precision, PRECISIONS)
-        policy = self.policy(precision if self._policy_file(precision).exists() else "fp32")
+        policy = self.policy(precision if self.policy_file(precision).exists() else "fp32")
         return replace(policy, exits=None)  # type: ignore[type-var]
 
     def _engine(self, sdn: ShallowDeepNetwork, policy: ExitPolicy, precision: str, data: Splits) -> Engine:
@@ -255,37 +174,6 @@ class Run:
     def _calibration_inputs(self, data: Splits) -> Any:
         """What int8 is calibrated on: the same samples for its Trace, its export and its benchmark."""
         return first_samples(data.split("val"), CALIBRATION_SIZE).inputs
-
-    def _trace_file(self, split: str, precision: str) -> Path:
-        return self.folder / "traces" / f"{split}{_suffix(precision)}.safetensors"
-
-    def _policy_file(self, precision: str) -> Path:
-        return self.folder / f"policy{_suffix(precision)}.json"
-
-    def trace(self, split: str, precision: str = "fp32") -> Trace:
-        """A recorded split.
-
-        Raises:
-            UnknownName: there is no such split, or no such precision.
-            FileFormatError: it is not recorded yet, or damaged.
-        """
-        _check_split(split)
-        if precision not in PRECISIONS:
-            raise UnknownName("precision", precision, PRECISIONS)
-        path = self._trace_file(split, precision)
-        if split == "val" and self.config.val_size == 0:
-            raise FileFormatError(
-                f"{self.folder} held no images out (val_size=0), so there is nothing to choose a threshold on. "
-                "Train with a validation split."
-            )
-        if not path.exists():
-            others = sorted(file.stem for file in path.parent.glob("*.safetensors"))
-            hint = f"Make it: shallowdeep record {self.folder}{_option(precision)}"
-            if others:
-                hint += f", if the data has such a split; there are {', '.join(others)}"
-            kind = "Trace" if precision == "fp32" else f"{precision} Trace"
-            raise FileFormatError(f"{self.folder} has no {kind} of its {split} split. {hint}")
-        return Trace.load(path)
 
     def analyze(self) -> dict[str, Result]:
         """Every analysis of the recorded splits, also written to ``results/``."""
@@ -335,43 +223,23 @@ class Run:
         decisions = replay(val, policy)
         asked = demand if original is None else {**demand, "original": str(original.folder)}
         self.write_result(
-            f"calibration{_suffix(precision)}", decisions, policy=policy.to_dict(), precision=precision, demand=asked
+            f"calibration{suffix(precision)}", decisions, policy=policy.to_dict(), precision=precision, demand=asked
         )
-        write_json(self._policy_file(precision), policy.to_dict())
+        write_json(self.policy_file(precision), policy.to_dict())
         return decisions
 
     def _validation(self, precision: str) -> Trace:
         """The validation split's Trace; of a precision other than fp32, recorded now where it is not there."""
-        if precision in RECORDERS and self.config.val_size != 0 and not self._trace_file("val", precision).exists():
+        if precision in RECORDERS and self.config.val_size != 0 and not self.trace_file("val", precision).exists():
             return self.record(["val"], precision=precision)["val"]
         return self.trace("val", precision)
 
-    def policy(self, precision: str = "fp32") -> ExitPolicy:
-        """The run's policy for a precision.
-
-        Raises:
-            UnknownName: there is no such precision.
-            FileFormatError: none was chosen yet.
-            ConfigError: none was chosen yet for a precision other than fp32, whose thresholds do not serve it.
-        """
-        if precision not in PRECISIONS:
-            raise UnknownName("precision", precision, PRECISIONS)
-        path = self._policy_file(precision)
-        command = f"shallowdeep calibrate {self.folder}{_option(precision)} --max-cost 0.5"
-        if not path.exists() and precision != "fp32":
-            raise ConfigError(
-                f"{self.folder} has no policy for {precision}, which answers otherwise than fp32. Choose one: {command}"
-            )
-        if not path.exists():
-            raise FileFormatError(f"{self.folder} has no policy. Choose one: {command}")
-        return policy_from_dict(read_json(path))
-
     def replay(self, split: str = "test", *, precision: str = "fp32") -> Decisions:
         """What the run's policy does on a recorded split, also written to ``results/``."""
-        _check_split(split)
+        check_split(split)
         policy = self.policy(precision)
         decisions = replay(self.trace(split, precision), policy)
-        name = ("replay" if split == "test" else f"replay_{split}") + _suffix(precision)
+        name = ("replay" if split == "test" else f"replay_{split}") + suffix(precision)
         self.write_result(name, decisions, split=split, precision=precision, policy=policy.to_dict())
         return decisions
 
@@ -440,7 +308,7 @@ class Run:
         test = first_samples(data.split("test"), num_samples)
         if test.labels is None:
             raise DataError("a benchmark counts right answers, and the test split has no labels.")
-        recorded = self._trace_file("test", "fp32").exists()
+        recorded = self.trace_file("test", "fp32").exists()
         report = measure_speed(
             sdn,
             policies,
@@ -464,70 +332,6 @@ class Run:
         except MissingExtra as error:
             warnings.warn(f"no plot is drawn: {error}", stacklevel=2)
         return report
-
-    def archive(self, folder: str | os.PathLike[str]) -> None:
-        """Copy the run, whole or not at all, to where it can be kept: in half precision, without checkpoint.
-
-        Decisions replayed from half-precision logits may differ where a confidence lies within rounding of a
-        threshold; ``results/`` is copied as it is.
-
-        Args:
-            folder: fresh; the copy can be opened as a run.
-
-        Raises:
-            ConfigError: the folder is not fresh.
-            FileFormatError: the run is not trained and recorded.
-        """
-        place = Path(folder)
-        Run.create(place, self.config)
-        every = [(split, precision) for precision in PRECISIONS for split in RECORDED]
-        recorded = [one for one in every if self._trace_file(*one).exists()]
-        sdn = self.load()
-        traces = {
-            self._trace_file(*one).name: self.trace(*one) for one in recorded or [(one, "fp32") for one in SPLITS]
-        }
-        texts = ["config.json", "environment.json", "history.jsonl"]
-        texts += [self._policy_file(precision).name for precision in PRECISIONS]
-        texts += [f"results/{path.name}" for path in sorted((self.folder / "results").glob("*.json"))]
-        with making(place) as partial:
-            sdn.save(partial / self.weights.name, dtype=torch.float16)
-            for name, trace in traces.items():
-                trace.save(partial / "traces" / name, dtype=torch.float16)
-            for name in texts:
-                if (self.folder / name).exists():
-                    write_text(partial / name, (self.folder / name).read_text(encoding="utf-8"))
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the network and a model card that says what the run knows of it; see ``ShallowDeepNetwork``.
-
-        Where the test split is recorded, the card has the accuracy of every exit on it.
-        """
-        info: dict[str, Any] = {"data": self.config.data, "strategy": self.config.strategy}
-        if (self.folder / "traces" / "test.safetensors").exists():
-            test = self.trace("test")
-            info |= {"accuracy": test.correct.double().mean(0).tolist(), "split": "test"}
-        self.load().save_pretrained(folder, card_info=info)
-
-    def write_result(self, name: str, result: Result, **more: Any) -> None:
-        """Write a result to ``results/<name>.json``, with the configuration and environment it rests on."""
-        environment = read_json(self.folder / "environment.json")
-        values = {**more, **result.to_dict(), "config": self.config.model_dump(mode="json"), "environment": environment}
-        write_json(self.folder / "results" / f"{name}.json", values)
-
-
-def _check_split(split: str) -> None:
-    if split not in RECORDED:
-        raise UnknownName("split", split, RECORDED)
-
-
-def _suffix(precision: str) -> str:
-    """Behind the name of a file that belongs to a precision."""
-    return "" if precision == "fp32" else f"-{precision}"
-
-
-def _option(precision: str) -> str:
-    """Of a command that shall work in a precision."""
-    return "" if precision == "fp32" else f" --precision {precision}"
 
 
 def _side(inputs: Any) -> int | None:

@@ -1,0 +1,1 @@
+"""Run folders, filled step by step."""
