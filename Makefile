@@ -14,7 +14,7 @@ test: $(READY)  ## the whole suite
 
 docs: $(READY)  ## the pages under docs/results that are made from results/; images where SHALLOWDEEP_DATA holds CIFAR-10
 	$(BIN)/shallowdeep study paper --table
-	$(BIN)/shallowdeep report $(addprefix results/cifar10-resnet56/,ic_only distil plain) --out docs/results/cifar10-resnet56.html
+	$(BIN)/shallowdeep report $(addprefix results/cifar10-resnet56/,joint ic_only distil plain) --out docs/results/cifar10-resnet56.html
 
 install: $(READY)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from pydantic import ValidationError
@@ -34,6 +34,8 @@ from shallowdeep.traces.trace import Trace
 
 RECORDED = (*SPLITS, "triggered")
 
+Kind = TypeVar("Kind", bound="RunFolder")
+
 
 class RunFolder:
     """A run folder: what is in it.
@@ -48,7 +50,7 @@ class RunFolder:
         self.config = config
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> Self:
+    def open(cls: type[Kind], folder: str | os.PathLike[str]) -> Kind:
         """A run that is there.
 
         Raises:
@@ -62,7 +64,7 @@ class RunFolder:
             raise FileFormatError(f"{place / 'config.json'}: {explain(error)}") from None
 
     @classmethod
-    def create(cls, folder: str | os.PathLike[str], config: RunConfig, *, resume: bool = False) -> Self:
+    def create(cls: type[Kind], folder: str | os.PathLike[str], config: RunConfig, *, resume: bool = False) -> Kind:
         """A run in a fresh folder, or the same run to go on with; nothing is written before ``fit``.
 
         Raises:
