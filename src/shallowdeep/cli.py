@@ -208,11 +208,14 @@ def export(
     out: Annotated[Path, typer.Option(help="folder to write")],
     precision: Annotated[str, typer.Option(help="fp32 or int8")] = "fp32",
     uint8: Annotated[bool, typer.Option("--uint8", help="take images as they are in files")] = False,
+    stages_only: Annotated[bool, typer.Option("--stages-only", help="no files that leave by themselves")] = False,
+    opset: Annotated[int | None, typer.Option(help="of ONNX operators, for an older runtime")] = None,
 ) -> None:
     """Write the network and its policy as a folder that runs without PyTorch."""
     from shallowdeep.runs.run import Run
 
-    typer.echo(str(Run.open(run).export(out, precision=precision, uint8=uint8)))
+    options: dict[str, Any] = {} if opset is None else {"opset": opset}
+    typer.echo(str(Run.open(run).export(out, precision=precision, uint8=uint8, stages_only=stages_only, **options)))
     typer.echo(f"Next: python {out / 'run.py'} images.npy --out answers.npz")
 
 
@@ -340,24 +343,26 @@ def paper(
     runs: Annotated[Path, typer.Option(help="folder for run folders")] = Path("runs/paper"),
     results: Annotated[Path, typer.Option(help="folder for the cells' results")] = Path("results/paper"),
     out: Annotated[Path, typer.Option(help="page that --table writes")] = Path("docs/results/paper.md"),
-    backdoor: Annotated[list[Path] | None, typer.Option(help="beside --table: what a backdoor did (repeat)")] = None,
+    backdoor: Annotated[
+        list[Path] | None, typer.Option(help="beside --table: what backdoors did, other than RESULTS/backdoor (repeat)")
+    ] = None,
     data_dir: Annotated[str | None, typer.Option(help="folder with the data sets")] = None,
 ) -> None:
     """The paper's table: four networks, three data sets, four strategies, resumed where it was left."""
     from shallowdeep.studies.cells import Place
     from shallowdeep.studies.page import write_page
-    from shallowdeep.studies.paper import DATA, NETWORKS, list_cells, paper_cells, select
+    from shallowdeep.studies.paper import Matrix, list_cells, select
     from shallowdeep.studies.side_by_side import run_cells
 
     if backdoor and not table:
         raise ConfigError(f"--backdoor {backdoor[0]} is for the page. Write it: shallowdeep study paper --table")
     if table:
         typer.echo(f"{write_page(results, out, backdoor or [])} cells are in {out}")
-    cells = paper_cells(
-        data=data or DATA, networks=network or NETWORKS, recipes=recipe or ("fast",), seeds=numbers(seeds),
-        epochs=epochs, threads=threads, passes=passes,
+    matrix = Matrix(
+        data=data or Matrix.data, networks=network or Matrix.networks, recipes=recipe or Matrix.recipes,
+        seeds=numbers(seeds), epochs=epochs, threads=threads, passes=passes,
     )  # fmt: skip
-    chosen, place = select(cells, only or []), Place(runs, results, data_dir, device, compile)
+    chosen, place = select(matrix.cells(), only or []), Place(runs, results, data_dir, device, compile)
     if list_:
         show(f"{len(chosen)} cells", list_cells(chosen, place))
     if list_ or table:

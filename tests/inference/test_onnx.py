@@ -22,7 +22,8 @@ from shallowdeep.inference.onnx import parity
 from shallowdeep.inference.onnx.convert import as_typed
 from shallowdeep.inference.onnx.export import export
 from shallowdeep.inference.onnx.manifest import write_laziness
-from shallowdeep.inference.runner.device import Device, one_node
+from shallowdeep.inference.runner import sessions
+from shallowdeep.inference.runner.device import Device, device_of, one_node
 from shallowdeep.inference.runner.folder import Runner
 from shallowdeep.inference.runner.manifest import FORMS, read_manifest
 from shallowdeep.inference.runner.sessions import RunnerError, Settings
@@ -240,19 +241,19 @@ def test_a_gpu_is_chosen_by_its_number(monkeypatch):
         InferenceSession=Session,
         __version__="1",
     )
-    monkeypatch.setattr(runner, "_onnxruntime", lambda: fake)
+    monkeypatch.setattr(sessions, "load_onnxruntime", lambda: fake)
     cuda = Settings(providers=("CUDAExecutionProvider", "CPUExecutionProvider"), device_id=2)
     cuda.open(b"", "a stage")
     assert opened == [[("CUDAExecutionProvider", {"device_id": 2, "use_tf32": 0}), "CPUExecutionProvider"]]
-    assert (cuda.device.kind, cuda.device.index) == ("cuda", 2)
+    assert (device_of(cuda).kind, device_of(cuda).index) == ("cuda", 2)
     own = Settings(providers=(("CUDAExecutionProvider", {"device_id": 1, "use_tf32": 1}),), device_id=2)
-    assert (own.numbered[0][1], own.device.index) == ({"device_id": 1, "use_tf32": 1}, 1)
-    engine = dataclasses.replace(cuda, providers=("TensorrtExecutionProvider",)).device
+    assert (own.numbered[0][1], device_of(own).index) == ({"device_id": 1, "use_tf32": 1}, 1)
+    engine = device_of(dataclasses.replace(cuda, providers=("TensorrtExecutionProvider",)))
     monkeypatch.setattr(Device, "run", lambda self, session, names, feeds, staying: [session])
     monkeypatch.setattr(Device, "hold", lambda self, value: types.SimpleNamespace(data_type=lambda: "tensor(float)"))
     engine.take(np.zeros(3, np.float32), np.array([1]))
     assert opened[1:] == [[("CUDAExecutionProvider", {"device_id": 2, "use_tf32": 0})]]
-    assert Settings().device is None
+    assert device_of(Settings()) is None
     with pytest.raises(RunnerError, match="numbered from 0 on, got device_id=-1"):
         Settings(device_id=-1).open(b"", "a stage")
 

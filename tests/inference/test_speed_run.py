@@ -13,6 +13,7 @@ from shallowdeep import runs
 from shallowdeep.config import load_config
 from shallowdeep.errors import ConfigError, UnknownName
 from shallowdeep.inference.engine import Engine
+from shallowdeep.inference.runner import timing
 from shallowdeep.inference.runner.folder import Runner
 from shallowdeep.inference.runner.sessions import Settings
 from shallowdeep.inference.runner.timing import Timing
@@ -238,7 +239,7 @@ def test_a_provider_that_does_not_leave_early_is_told(out, shell, monkeypatch, h
         settings.append(one.settings)
         return Timing(one.form, rows, 1.9, 2.0, 0.4)
 
-    monkeypatch.setattr(runner, "time_leaving", time_leaving)
+    monkeypatch.setattr(timing, "time_leaving", time_leaving)
     monkeypatch.setattr(Settings, "open", without_pool(Settings.open))
     if not has_pool:  # as in an older onnxruntime
         monkeypatch.delattr(onnxruntime, "set_global_thread_pool_sizes")

@@ -162,6 +162,7 @@ def test_a_benchmark_is_read_and_another_file_is_named(make_run):
     row = {
         "back end": "eager",
         "precision": "fp32",
+        "device": "cpu",
         "batch": 1,
         "of plain": ratio,
         "cost": 0.5,
@@ -170,6 +171,8 @@ def test_a_benchmark_is_read_and_another_file_is_named(make_run):
     }
     write_json(run.folder / "results" / "bench.json", {"engines": [row, row | {"of plain": None}]})
     assert [found["time"]["median"] for found in only(run).early.speed] == [0.8]
+    write_json(run.folder / "results" / "bench-cuda.json", {"engines": [row | {"device": "cuda:0"}]})
+    assert [found["device"] for found in only(run).early.speed] == ["cuda:0", "cpu"]
     write_json(run.folder / "results" / "bench.json", {"engines": [{}]})
     assert "no benchmark of this version" in only(run).early.speed.reason
 

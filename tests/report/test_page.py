@@ -74,7 +74,7 @@ def test_some_exits_switched_off_and_the_most_confident_answer(make_run, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.cifar
-@pytest.mark.parametrize("name", ["ic_only", "distil"])
+@pytest.mark.parametrize("name", ["joint", "distil"])
 def test_the_pages_of_real_images(repository, cifar_dir, tmp_path, open_page, monkeypatch, name):
     """ResNet-56 on CIFAR-10, as it is kept beside the package."""
     monkeypatch.setenv("SHALLOWDEEP_DATA", str(cifar_dir))

@@ -183,8 +183,8 @@ def _backdoor(
 
 
 def _speed(run: Run) -> tuple[dict[str, Any], ...] | Missing | None:
-    path = run.folder / "results" / "bench.json"
-    return attempt(lambda: _speed_rows(path)) if path.exists() else None
+    paths = run.benchmarks
+    return attempt(lambda: tuple(row for path in paths for row in _speed_rows(path))) if paths else None
 
 
 def _speed_rows(path: Path) -> tuple[dict[str, Any], ...]:
@@ -195,6 +195,7 @@ def _speed_rows(path: Path) -> tuple[dict[str, Any], ...]:
             {
                 "back end": str(row["back end"]),
                 "precision": str(row["precision"]),
+                "device": str(row["device"]),
                 "batch": int(row["batch"]),
                 "time": {name: float(row["of plain"][name]) for name in ("median", "low", "high")},
                 "cost": float(row["cost"]),

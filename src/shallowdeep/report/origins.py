@@ -117,7 +117,10 @@ def _asked_of_calibration(run: Run) -> list[str]:
 
 
 def _of_benchmark(run: Run) -> list[str]:
-    found = attempt(lambda: read_json(run.folder / "results" / "bench.json"))
-    measured_on = found.get("measured_on") if isinstance(found, dict) else None
-    command = measured_on.get("command") if isinstance(measured_on, dict) else None
-    return [command] if isinstance(command, str) else []
+    commands = []
+    for path in run.benchmarks:
+        found = attempt(lambda path=path: read_json(path))
+        measured_on = found.get("measured_on") if isinstance(found, dict) else None
+        command = measured_on.get("command") if isinstance(measured_on, dict) else None
+        commands += [command] if isinstance(command, str) else []
+    return commands

@@ -116,6 +116,11 @@ class RunFolder:
         """Where a precision's policy lies, or would."""
         return self.folder / f"policy{suffix(precision)}.json"
 
+    @property
+    def benchmarks(self) -> list[Path]:
+        """What ``bench`` wrote: a file for each device and choice of precisions."""
+        return sorted((self.folder / "results").glob("bench*.json"))
+
     def trace(self, split: str, precision: str = "fp32") -> Trace:
         """A recorded split.
 

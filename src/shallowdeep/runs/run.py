@@ -20,6 +20,7 @@ from shallowdeep.data.triggers import poison, stamp, triggered
 from shallowdeep.errors import ConfigError, DataError, MissingExtra, UnknownName
 from shallowdeep.inference.backends import PRECISIONS
 from shallowdeep.inference.engine import Engine
+from shallowdeep.inference.onnx.convert import OPSET
 from shallowdeep.inference.onnx.export import Export, export
 from shallowdeep.inference.timing.bench import DEFAULT_BACKENDS, first_samples, measure_speed, rows_of, sharing_threads
 from shallowdeep.inference.timing.speed import SpeedReport
@@ -243,7 +244,15 @@ class Run(RunFolder):
         self.write_result(name, decisions, split=split, precision=precision, policy=policy.to_dict())
         return decisions
 
-    def export(self, folder: str | os.PathLike[str], *, precision: str = "fp32", uint8: bool = False) -> Export:
+    def export(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        precision: str = "fp32",
+        uint8: bool = False,
+        stages_only: bool = False,
+        opset: int = OPSET,
+    ) -> Export:
         """Write the network and its policy as a folder that runs without PyTorch; see ``export``.
 
         Args:
@@ -251,6 +260,8 @@ class Run(RunFolder):
             precision: ``"fp32"`` or ``"int8"``, with the policy that was chosen for it. int8 is calibrated on
                 ``CALIBRATION_SIZE`` images of the validation split.
             uint8: the folder takes images as they are in files, and normalises them itself.
+            stages_only: leave out the files that leave by themselves.
+            opset: of ONNX operators.
         """
         policy, sdn = self.policy(precision), self.load()
         data = self.load_data(sdn.backbone)
@@ -262,6 +273,9 @@ class Run(RunFolder):
             precision=precision,
             preprocessing=data if uint8 else None,
             calibration=self._calibration_inputs(data) if precision == "int8" else None,
+            single=not stages_only,
+            batched=not stages_only,
+            opset=opset,
             class_names=data.train.class_names,
         )
 

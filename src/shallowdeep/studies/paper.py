@@ -131,11 +131,6 @@ class Matrix:
         return list(found.values())
 
 
-def paper_cells(**options: Any) -> list[Cell]:
-    """The cells of a ``Matrix`` with these options."""
-    return Matrix(**options).cells()
-
-
 def select(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
     """The cells whose name fits one of the patterns, in their order; without patterns all.
 

@@ -125,7 +125,7 @@ def check_nesting(num_exits: int) -> None:
     if num_exits > NESTING:
         raise NetworkError(
             f"{num_exits} exits do not nest in one file, at most {NESTING} do. Let the policy look at fewer (its "
-            "exits=), or write the stages alone: export(…, single=False, batched=False)."
+            "exits=), or write the stages alone: export(…, single=False, batched=False), --stages-only."
         )
 
 
@@ -185,7 +185,7 @@ def _opsets(stages: Sequence[StageModel]) -> list[Any]:
             if known.version != entry.version:
                 raise NetworkError(
                     f"stages differ in opset ({known.version} and {entry.version}) and do not fold into one file. "
-                    "Write the stages alone: export(…, single=False, batched=False)."
+                    "Write the stages alone: export(…, single=False, batched=False), --stages-only."
                 )
     return list(versions.values())
 

@@ -14,6 +14,7 @@ from shallowdeep.inference.backends import Order
 from shallowdeep.inference.cascade import Cascade, Step, Values
 from shallowdeep.inference.onnx.onnxruntime import MICRO_BATCH
 from shallowdeep.inference.onnx.precisions import models_for
+from shallowdeep.inference.runner.device import join_rows, take_rows
 from shallowdeep.inference.runner.stages import OUT
 from shallowdeep.inference.stages import thresholds_of
 from shallowdeep.networks.calls import first_line
@@ -92,11 +93,11 @@ class OpenVinoStages:
 
     def take(self, values: Values, rows: np.ndarray) -> Values:
         """Some rows of every value, by index."""
-        return {name: value[rows] for name, value in values.items()}
+        return take_rows(values, rows)
 
     def join(self, parts: Sequence[Values]) -> Values:
         """The rows of several values, one after another."""
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return join_rows(parts)
 
     def wait(self) -> None:
         """Nothing is left to wait for: a request's ``infer`` returns when its device is done."""

@@ -86,6 +86,7 @@ def bare_onnx(
         threads=torch.get_num_threads() if options.get("threads") is None else options["threads"],
         providers=tuple(options.get("providers") or [provider_for(device, available)]),
         spinning=True,
+        device_id=device.index or 0,
     )
     if options.get("shared_pool"):
         settings = replace(settings, shared_pool=True, spinning=False)
