@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from shallowdeep import runs
 from shallowdeep.config import load_config
 from shallowdeep.errors import ConfigError, UnknownName
 from shallowdeep.inference.engine import Engine
@@ -22,6 +21,7 @@ from shallowdeep.inference.timing.speed import EXITS, PLAIN, SpeedReport
 from shallowdeep.inference.timing.speed import Timing as Timed
 from shallowdeep.policies.replay import replay
 from shallowdeep.policies.rules import Confidence
+from shallowdeep.runs import run as run_steps
 from shallowdeep.runs.run import CALIBRATION_SIZE, Run
 from shallowdeep.storage import read_json, write_json
 
@@ -142,9 +142,9 @@ def test_int8_is_the_same_network_recorded_exported_and_benched(run, tmp_path, m
         seen["bench"] = (policies["int8"], options["calibration"])
         raise ConfigError("measured")
 
-    monkeypatch.setattr(runs, "Engine", Recorder)
-    monkeypatch.setattr(runs, "export", export)
-    monkeypatch.setattr(runs, "measure_speed", measure)
+    monkeypatch.setattr(run_steps, "Engine", Recorder)
+    monkeypatch.setattr(run_steps, "export", export)
+    monkeypatch.setattr(run_steps, "measure_speed", measure)
     run.calibrate(max_cost=0.7, precision="int8")
     with pytest.raises(ConfigError, match="exported"):
         run.export(tmp_path / "int8", precision="int8")
@@ -210,7 +210,10 @@ def test_export_from_the_command_line(run, shell, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Run, "export", export)
     code, said, _ = shell("export", run.folder, "--out", tmp_path / "out", "--precision", "int8", "--uint8")
-    assert (code, asked) == (0, {"folder": tmp_path / "out", "precision": "int8", "uint8": True})
+    options = {"folder": tmp_path / "out", "precision": "int8", "uint8": True, "stages_only": False}
+    assert (code, asked) == (0, options)
+    shell("export", run.folder, "--out", tmp_path / "out", "--stages-only", "--opset", 20)
+    assert asked == {**options, "precision": "fp32", "uint8": False, "stages_only": True, "opset": 20}
     assert "written" in said
     assert f"python {tmp_path / 'out' / 'run.py'}" in said
 
@@ -303,7 +306,7 @@ def report_on(device, *precisions):
 def test_benchmarks_of_other_devices_and_precisions_are_kept_apart(run, monkeypatch):
     pytest.importorskip("matplotlib")
     for device, precisions in (("cpu", ["fp32"]), ("cuda:0", ["fp32"]), ("cpu", ["fp32", "bf16"])):
-        monkeypatch.setattr(runs, "measure_speed", lambda *a, d=device, p=precisions, **options: report_on(d, *p))
+        monkeypatch.setattr(run_steps, "measure_speed", lambda *a, d=device, p=precisions, **options: report_on(d, *p))
         run.bench(num_samples=8)
     names = {path.name for path in (run.folder / "results").glob("bench*")}
     assert names == {f"bench{end}.{kind}" for end in ("", "-cuda", "-fp32-bf16") for kind in ("json", "png")}
@@ -317,7 +320,7 @@ def test_a_shared_pool_is_asked_for_and_refused_where_it_cannot_be(run, shell, m
         seen.append(options["options"])
         return report_on("cpu", "fp32")
 
-    monkeypatch.setattr(runs, "measure_speed", measure)
+    monkeypatch.setattr(run_steps, "measure_speed", measure)
     assert shell("bench", run.folder, "--num-samples", 8, "--shared-pool")[0] == 0
     assert shell("bench", run.folder, "--num-samples", 8)[0] == 0
     assert seen == [{"onnx": {"shared_pool": True}}, None]
