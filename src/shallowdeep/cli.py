@@ -22,7 +22,7 @@ app = typer.Typer(
 study_app = typer.Typer(no_args_is_help=True, help="Published tables, run again: resumable, a cell at a time.")
 app.add_typer(study_app, name="study")
 
-RunFolder = Annotated[Path, typer.Argument(help="run folder")]
+RunPath = Annotated[Path, typer.Argument(help="run folder")]
 Precision = Annotated[str, typer.Option(help="of weights and arithmetic: fp32, bf16 or int8")]
 
 
@@ -124,7 +124,7 @@ def fit(
 
 
 @app.command()
-def record(run: RunFolder, precision: Precision = "fp32") -> None:
+def record(run: RunPath, precision: Precision = "fp32") -> None:
     """Run each split through the trained network once, and keep what every exit said."""
     from shallowdeep.processes import is_first
     from shallowdeep.runs.run import Run
@@ -158,7 +158,7 @@ def analyze(
 
 @app.command()
 def calibrate(
-    run: RunFolder,
+    run: RunPath,
     max_cost: Annotated[float | None, typer.Option(help="mean cost allowed, 1.0 is the plain network")] = None,
     max_accuracy_drop: Annotated[float | None, typer.Option(help="accuracy that may be given up, e.g. 0.01")] = None,
     min_agreement: Annotated[
@@ -190,7 +190,7 @@ def calibrate(
 
 @app.command()
 def replay(
-    run: RunFolder,
+    run: RunPath,
     split: Annotated[str, typer.Option(help="recorded split: train, val or test")] = "test",
     precision: Precision = "fp32",
 ) -> None:
@@ -204,7 +204,7 @@ def replay(
 
 @app.command()
 def export(
-    run: RunFolder,
+    run: RunPath,
     out: Annotated[Path, typer.Option(help="folder to write")],
     precision: Annotated[str, typer.Option(help="fp32 or int8")] = "fp32",
     uint8: Annotated[bool, typer.Option("--uint8", help="take images as they are in files")] = False,
@@ -307,7 +307,7 @@ def report(
 
 @app.command()
 def explore(
-    run: RunFolder,
+    run: RunPath,
     host: Annotated[str, typer.Option(help="to listen on; others reach the page only if this is not 127.0.0.1")] = (
         "127.0.0.1"
     ),

@@ -121,6 +121,7 @@ INPUT = {"name": "inputs", "dtype": "float32", "shape": [3, 16, 16], "range": [-
         ({"extremes": {"early": {"threshold": 0}}}, "extremes does not say late"),
         ({"inputs": {"inputs": INPUT}}, "is not a list of at least 1"),
         ({"inputs": [{**INPUT, "dtype": "float33"}]}, "inputs[0].dtype = 'float33' is not a type of numbers"),
+        ({"inputs": [{**INPUT, "dtype": "(2,"}]}, "inputs[0].dtype = '(2,' is not a type of numbers"),
         ({"inputs": [{**INPUT, "shape": [3, "16", 16]}]}, "inputs[0].shape[1] = '16' is not a whole number above 0"),
         ({"inputs": [{**INPUT, "range": None}]}, "inputs[0].range = None is not two finite numbers"),
         ({"single": "single.onnx"}, "single = 'single.onnx' is not a mapping with file, sha256"),

@@ -171,7 +171,8 @@ def test_a_benchmark_is_read_and_another_file_is_named(make_run):
     }
     write_json(run.folder / "results" / "bench.json", {"engines": [row, row | {"of plain": None}]})
     assert [found["time"]["median"] for found in only(run).early.speed] == [0.8]
-    write_json(run.folder / "results" / "bench-cuda.json", {"engines": [row | {"device": "cuda:0"}]})
+    of_old = {name: value for name, value in row.items() if name != "device"}
+    write_json(run.folder / "results" / "bench-cuda.json", {"engines": [of_old], "device": "cuda:0"})
     assert [found["device"] for found in only(run).early.speed] == ["cuda:0", "cpu"]
     write_json(run.folder / "results" / "bench.json", {"engines": [{}]})
     assert "no benchmark of this version" in only(run).early.speed.reason

@@ -81,7 +81,10 @@ def fetch(stop: Tensor, scores: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 class TorchCascade(Cascade):
-    """Stages of PyTorch in a row: exact in float32, by switches that are set once a call rather than once a stage."""
+    """Stages of PyTorch in a row: exact in float32, by switches that are set once a call rather than once a stage.
+
+    While a stream or ``anytime`` waits for whoever reads it, other code runs: there each stage sets them.
+    """
 
     def answer(self, inputs: Values, *, plan: np.ndarray | None = None) -> Answers:
         """See ``Cascade.answer``."""
@@ -147,7 +150,8 @@ def index_on(device: torch.device, rows: np.ndarray) -> Tensor:
 
 def wait_for(device: torch.device) -> None:
     """Wait until a device has done all that it was asked for."""
-    torch.get_device_module(device).synchronize()
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
 
 
 def join(parts: Sequence[Values]) -> Values:

@@ -190,19 +190,19 @@ def _speed(run: Run) -> tuple[dict[str, Any], ...] | Missing | None:
 def _speed_rows(path: Path) -> tuple[dict[str, Any], ...]:
     """Rows of a benchmark that compare an engine with the same network without exits."""
     try:
-        rows = read_json(path)["engines"]
+        values = read_json(path)
         return tuple(
             {
                 "back end": str(row["back end"]),
                 "precision": str(row["precision"]),
-                "device": str(row["device"]),
+                "device": str(row.get("device", values.get("device", "cpu"))),
                 "batch": int(row["batch"]),
                 "time": {name: float(row["of plain"][name]) for name in ("median", "low", "high")},
                 "cost": float(row["cost"]),
                 "accuracy": float(row["accuracy"]),
                 "n": int(row["n"]),
             }
-            for row in rows
+            for row in values["engines"]
             if row["of plain"] is not None
         )
     except (KeyError, TypeError, ValueError) as error:

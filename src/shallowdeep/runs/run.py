@@ -30,7 +30,7 @@ from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.networks.zoo import load_network
 from shallowdeep.policies.calibrate import calibrate
 from shallowdeep.policies.replay import Decisions, replay
-from shallowdeep.policies.rules import ExitPolicy
+from shallowdeep.policies.rules import Confidence, ExitPolicy
 from shallowdeep.processes import is_first, join, make_fabric, num_threads, wait_for_all
 from shallowdeep.provenance import describe_environment, started
 from shallowdeep.runs.folder import RunFolder, check_split, suffix
@@ -161,9 +161,14 @@ class Run(RunFolder):
         return traces
 
     def _stopping(self, precision: str) -> ExitPolicy:
-        """The policy of a precision, or of fp32 before one is chosen, looking at all exits."""
+        """Where samples stop while a precision is recorded, which int8 is calibrated by; all exits are looked at.
+
+        Of int8 its own policy, or that of fp32 before one is chosen; bf16 is the same whoever stops.
+        """
         if precision not in RECORDERS:
             raise UnknownName("precision", precision, PRECISIONS)
+        if precision == "bf16":
+            return Confidence(1.0)
         policy = self.policy(precision if self.policy_file(precision).exists() else "fp32")
         return replace(policy, exits=None)  # type: ignore[type-var]
 
@@ -197,7 +202,7 @@ class Run(RunFolder):
         return found
 
     def calibrate(self, *, precision: str = "fp32", original: Run | None = None, **demand: Any) -> Decisions:
-        """Choose the run's policy on its validation split and write it to ``policy.json``.
+        """Choose the run's policy on its validation split and write it to ``policy.json``, or ``policy-int8.json``.
 
         Args:
             precision: of weights and arithmetic. One other than fp32 gets a policy of its own, chosen on a Trace of
@@ -210,15 +215,8 @@ class Run(RunFolder):
         """
         val = self._validation(precision)
         plain = None if original is None else original.trace("val")
-        if (
-            original is None
-            and precision != "fp32"
-            and (demand.get("reference"), val.info.strategy)
-            == (
-                "original",
-                "ic_only",
-            )
-        ):
+        kept = demand.get("reference") == "original" and val.info.strategy == "ic_only"
+        if original is None and precision != "fp32" and kept:
             plain = self.trace("val")  # in fp32 its last exit is the original network
         policy = calibrate(val, original=plain, **demand)
         decisions = replay(val, policy)

@@ -91,5 +91,7 @@ def write_laziness(folder: str | Path, bench: Bench) -> None:
         OSError: it cannot be written.
     """
     manifest = read_manifest(Path(folder))
-    manifest["laziness"] = {**manifest.get("laziness", {}), bench.provider: describe_laziness(bench.timings)}
+    earlier = manifest.get("laziness")
+    others = earlier if isinstance(earlier, dict) else {}  # in older folders it is a list, of the CPU's provider alone
+    manifest["laziness"] = {**others, bench.provider: describe_laziness(bench.timings)}
     write_json(Path(folder) / MANIFEST, manifest)

@@ -1,6 +1,6 @@
 """Run an exported Shallow-Deep Network stage by stage, and let every sample leave as soon as it may.
 
-This one file needs numpy and onnxruntime alone: every exported folder holds a copy of it as ``run.py``.
+It needs numpy and onnxruntime alone: every exported folder holds it as ``run.py``, with all of the runner in one file.
 
     python run.py images.npy --out answers.npz
     python run.py --bench

@@ -37,7 +37,7 @@ class Device:
         """An array of numpy's as one on the device; one that is there already as it is."""
         if not isinstance(value, np.ndarray):
             return value
-        return load_onnxruntime().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), self.kind, self.index)
+        return load_onnxruntime().OrtValue.ortvalue_from_numpy(np.asarray(value, order="C"), self.kind, self.index)
 
     def run(self, session: Any, names: Sequence[str], feeds: Values, staying: Callable[[str], bool]) -> list[Any]:
         """A session's outputs by name: of some that stay on the device, of others as numpy's."""

@@ -38,7 +38,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise RunnerError(
             f"{path} has format {_shown(version)}; this runner reads up to {FORMAT}. Use the folder's own run.py."
         )
-    for problem in (*_MANIFEST(manifest, ""), *_LAZINESS(manifest.get("laziness", {}), "laziness")):
+    for problem in _MANIFEST(manifest, ""):
         raise RunnerError(f"{path}: {problem}. Export anew.")
     exits, costs, ends = manifest["exits"], manifest["costs"], [stage["exit"] for stage in manifest["stages"]]
     if ends != exits or len(costs) != len(ends):
@@ -117,7 +117,7 @@ def _rises(value: Any) -> bool:
 def _is_dtype(value: Any) -> bool:
     try:
         return isinstance(value, str) and np.dtype(value).kind in "biuf"
-    except TypeError:
+    except (TypeError, ValueError, SyntaxError):  # numpy reads more into a text than names
         return False
 
 
@@ -158,7 +158,6 @@ _MANIFEST = _with(
     single=_or_none(_with(**_FILE)),
     batched=_or_none(_with(**_FILE)),
 )
-_LAZINESS = _named(_each(_named(_is("a plain value", lambda value: not isinstance(value, dict | list)))))
 
 
 def checked_file(folder: Path, part: Mapping[str, Any]) -> Path:
@@ -166,8 +165,9 @@ def checked_file(folder: Path, part: Mapping[str, Any]) -> Path:
     path = folder / part["file"]
     try:
         found = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise RunnerError(f"cannot read {path} ({error.strerror}). Export anew.") from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise RunnerError(f"cannot read {path} ({why}). Export anew.") from None
     if found != part["sha256"]:
         raise RunnerError(
             f"{path} is not the file that {MANIFEST} speaks of (sha256 {found[:12]}…, there "

@@ -40,7 +40,7 @@ class Settings:
 
     @property
     def numbered(self) -> list[Provider]:
-        """The providers; those of a GPU with its number, and without TF32, which they would take for float32."""
+        """The providers; those of a GPU with its number, CUDA without TF32, which it would take for float32."""
         pairs = [(one, {}) if isinstance(one, str) else one for one in self.providers]
         return [
             (name, {"device_id": self.device_id, **EXACT.get(name, {}), **options}) if name in DEVICES else one

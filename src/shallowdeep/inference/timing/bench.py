@@ -17,6 +17,7 @@ from shallowdeep.data.samples import Batch, IndexedSamples, Samples
 from shallowdeep.errors import ConfigError, TraceError, UnknownName, require
 from shallowdeep.inference.backends import BACKENDS, PRECISIONS
 from shallowdeep.inference.stages import thresholds_of
+from shallowdeep.inference.ties import TIE, nudged, with_numbers
 from shallowdeep.inference.timing.lanes import Lane, Workshop
 from shallowdeep.inference.timing.rounds import Tally, time_in_turn
 from shallowdeep.inference.timing.speed import EXITS, IN_PARTS, ONE_AT_A_TIME, PLAIN, WHOLE_BATCH, SpeedReport, Timing
@@ -30,7 +31,6 @@ from shallowdeep.traces.record import record
 from shallowdeep.traces.trace import Trace
 
 DEFAULT_BACKENDS = tuple(name for name in BACKENDS if name != "plain")
-TIE = 1e-5  # how far run times may lie apart by rounding
 VERSIONS = {"onnx": "onnxruntime", "openvino": "openvino"}
 
 
@@ -267,8 +267,8 @@ def agreement(labels: np.ndarray, exits: np.ndarray, trace: Trace, policy: ExitP
     expected = replay(trace, policy)
     differ = (labels >= 0) & _unlike(labels, exits, expected)
     tied = np.zeros(len(labels), dtype=bool)
-    for nudged in _nudged(policy):
-        tied |= ~_unlike(labels, exits, replay(trace, nudged))
+    for moved in nudged(thresholds_of(policy)):
+        tied |= ~_unlike(labels, exits, replay(trace, with_numbers(policy, moved)))
     top = torch.stack([logits.softmax(-1).topk(min(2, logits.shape[1])).values for logits in trace.logits])
     gaps = (top[..., 0] - top[..., -1]).numpy()
     tied |= (gaps < TIE)[np.minimum(np.maximum(exits, 0), expected.exits.numpy()), np.arange(len(labels))]
@@ -277,12 +277,3 @@ def agreement(labels: np.ndarray, exits: np.ndarray, trace: Trace, policy: ExitP
 
 def _unlike(labels: np.ndarray, exits: np.ndarray, expected: Any) -> np.ndarray:
     return (labels != expected.predictions.numpy()) | (exits != expected.exits.numpy())
-
-
-def _nudged(policy: ExitPolicy) -> Iterator[ExitPolicy]:
-    for name, number in thresholds_of(policy).items():
-        for step in (-TIE, TIE) if isinstance(number, float) else ():
-            try:
-                yield dataclasses.replace(policy, **{name: number + step})  # type: ignore[type-var]
-            except ConfigError:  # it lies at the edge of what a threshold may be
-                continue

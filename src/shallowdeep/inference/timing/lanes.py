@@ -240,7 +240,7 @@ class Workshop:
         """Inputs as a back end takes them, not checked."""
         values = as_values(inputs)
         if not BACKENDS[backend].on_tensors:
-            return {name: tensor.numpy() for name, tensor in values.items()}
+            return {name: tensor.detach().cpu().numpy() for name, tensor in values.items()}
         device = next(self.sdn.parameters()).device
         return {name: tensor.to(device) for name, tensor in values.items()}
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from shallowdeep.errors import ConfigError, require
+from shallowdeep.inference.backends import PRECISIONS
 from shallowdeep.storage import replacing
 
 MICRO_BATCH = 32  # rows at a time at which the network without exits is timed, beside the whole batch
@@ -165,7 +166,7 @@ class SpeedReport:
         'bench-cuda-int8'
         """
         kind = self.device.partition(":")[0]
-        timed = list(dict.fromkeys(one.precision for one in self.engines))
+        timed = sorted({one.precision for one in self.engines}, key=list(PRECISIONS).index)
         return "-".join(["bench", *([] if kind == "cpu" else [kind]), *([] if timed == ["fp32"] else timed)])
 
     @property
