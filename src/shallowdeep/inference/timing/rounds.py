@@ -75,8 +75,8 @@ def _round(number: int, lanes: Sequence[Lane], tallies: Sequence[Tally], images:
     batches = [take_rows(images, torch.from_numpy(part)) for part in rows]
     timed = max(STAGE_BATCHES, STAGE_ROWS // rows.shape[1])  # of these, for the stages alone
     pairs = list(zip(lanes, tallies, strict=True))
-    shift = number % len(pairs)
-    for lane, tally in pairs[shift:] + pairs[:shift]:
+    # In another order each round: whatever one leaves behind in caches and in waiting threads meets all the others.
+    for lane, tally in (pairs[place] for place in np.random.default_rng(number).permutation(len(pairs))):
         begin = time.perf_counter()
         found = [lane.run(batch) for batch in batches]
         tally.latencies_ms.append(1e3 * (time.perf_counter() - begin) / len(batches))
