@@ -7,6 +7,7 @@ import socket
 import threading
 import webbrowser
 from collections.abc import Callable
+from contextlib import suppress
 
 from shallowdeep.errors import ConfigError, require
 from shallowdeep.runs.run import Run
@@ -68,10 +69,9 @@ def serve(
         )
         if open_browser:
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()  # some wait for an answer
-        try:
+        with suppress(KeyboardInterrupt):  # asyncio does not always raise it again
             uvicorn.Server(config).run(sockets=[door])
-        except KeyboardInterrupt:
-            say("ended")
+        say("ended")
 
 
 def listen(host: str, port: int) -> socket.socket:
