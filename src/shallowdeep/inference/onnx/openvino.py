@@ -15,7 +15,7 @@ from shallowdeep.inference.cascade import Cascade, Step, Values
 from shallowdeep.inference.onnx.onnxruntime import MICRO_BATCH
 from shallowdeep.inference.onnx.precisions import models_for
 from shallowdeep.inference.runner.device import join_rows, take_rows
-from shallowdeep.inference.runner.stages import OUT
+from shallowdeep.inference.runner.stages import step_of
 from shallowdeep.inference.stages import thresholds_of
 from shallowdeep.networks.calls import first_line
 
@@ -82,10 +82,7 @@ class OpenVinoStages:
         if not hasattr(self._own, "requests"):
             self._own.requests = [model.create_infer_request() for model in self._models]
         results = self._own.requests[stage].infer(feeds, share_inputs=True)
-        found = dict(zip(self._outputs[stage], results.values(), strict=True))
-        given = {name.removesuffix(OUT): value for name, value in found.items() if name.endswith(OUT)}
-        kept = {name: value for name, value in values.items() if name in self._wanted[stage]}
-        return Step({**kept, **given}, found["stop"], found["scores"], found["logits"])
+        return step_of(dict(zip(self._outputs[stage], results.values(), strict=True)), values, self._wanted[stage])
 
     def fetch(self, step: Step) -> tuple[np.ndarray, np.ndarray]:
         """``stop`` and ``scores``, which are numpy arrays already."""

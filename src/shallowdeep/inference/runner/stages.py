@@ -69,10 +69,7 @@ class OnnxStages:
             outputs = session.run(names, feeds)
         else:
             outputs = device.run(session, names, feeds, lambda name: name.endswith(OUT))
-        found = dict(zip(names, outputs, strict=True))
-        given = {name.removesuffix(OUT): value for name, value in found.items() if name.endswith(OUT)}
-        kept = {name: value for name, value in values.items() if name in self._wanted[stage]}
-        return Step({**kept, **given}, found["stop"], found["scores"], found["logits"])
+        return step_of(dict(zip(names, outputs, strict=True)), values, self._wanted[stage])
 
     def fetch(self, step: Step) -> tuple[np.ndarray, np.ndarray]:
         """``stop`` and ``scores``, which are on the host already."""
@@ -88,6 +85,13 @@ class OnnxStages:
 
     def wait(self) -> None:
         """Nothing is left to wait for: a session's run returns when its device is done."""
+
+
+def step_of(found: Mapping[str, Any], values: Values, wanted: set[str]) -> Step:
+    """What a stage's outputs by name are to those who drive it; of the inputs ``values``, what is wanted goes on."""
+    given = {name.removesuffix(OUT): value for name, value in found.items() if name.endswith(OUT)}
+    kept = {name: value for name, value in values.items() if name in wanted}
+    return Step({**kept, **given}, found["stop"], found["scores"], found["logits"])
 
 
 def typed_thresholds(session: Any, thresholds: Mapping[str, float | int]) -> Values:
