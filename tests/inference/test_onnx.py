@@ -258,6 +258,13 @@ def test_a_gpu_is_chosen_by_its_number(monkeypatch):
         Settings(device_id=-1).open(b"", "a stage")
 
 
+@pytest.mark.parametrize("spinning", [False, True])
+def test_threads_wait_actively_between_runs_where_that_is_asked_for(exported, spinning):
+    session = Settings(threads=2, spinning=spinning).open(exported[1].folder / "single.onnx", "a file")
+    entry = session.get_session_options().get_session_config_entry
+    assert entry("session.force_spinning_stop") == ("0" if spinning else "1")
+
+
 def test_an_engine_decides_like_the_folder(exported, parting, images, seen):
     policy, out = exported
     engine = sd.Engine(parting, policy, backend="onnx", example_inputs=images, threads=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -150,7 +151,7 @@ class _Group:
     values: Values
     batch: int = 0  # the number of the oldest batch they come from
 
-    @property
+    @cached_property
     def live(self) -> np.ndarray:
         return live_rows(self.ids)
 
@@ -275,9 +276,9 @@ class Cascade:
                 stop, scores = self.stages.fetch(step)
                 live = group.live
                 found.append((group.ids[live], scores[live]))
-                ids = np.where(stop, DONE, group.ids)
-                if (ids != DONE).any():
-                    going_on.append(_Group(ids, step.values))
+                rest = _Group(np.where(stop, DONE, group.ids), step.values)
+                if len(rest.live):
+                    going_on.append(rest)
             yield Leaving(exit, np.concatenate([ids for ids, _ in found]), np.concatenate([s for _, s in found]))
             groups = going_on
             if not groups:
@@ -367,7 +368,8 @@ class Cascade:
         stop, scores = self.stages.fetch(step)
         exit = self.stages.exits[stage]
         leaving, ids = settle(group.ids, stop, scores, exit, last=stage == len(self.stages.exits) - 1, plan=plan)
-        return leaving, _Group(ids, step.values, group.batch) if (ids != DONE).any() else None
+        rest = _Group(ids, step.values, group.batch)
+        return leaving, rest if len(rest.live) else None
 
 
 def settle(
@@ -395,7 +397,7 @@ def settle(
 
 def live_rows(ids: np.ndarray) -> np.ndarray:
     """Indices of the rows that still want an answer."""
-    return np.flatnonzero(ids != DONE)
+    return (ids != DONE).nonzero()[0]
 
 
 def pays(latency: Latency | None, stage: int, kept: int, rows: int) -> bool:

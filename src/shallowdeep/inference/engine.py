@@ -345,6 +345,12 @@ def _check(name: str, tensor: Tensor, expected: Tensor) -> None:
         )
     if len(tensor) == 0:
         raise DataError(f"{name} holds no sample: a batch has at least one.")
-    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+    if tensor.is_floating_point() and not _is_finite(tensor):
         rows = np.flatnonzero(~tensor.isfinite().flatten(1).all(1).cpu().numpy())
         raise DataError(f"{name} holds numbers that are not finite, first in row {rows[0]} ({len(rows)} rows in all).")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.device.type == "cpu" and tensor.dtype != torch.bfloat16:  # of a single image a tenth of PyTorch's time
+        return bool(np.isfinite(tensor.detach().numpy()).all())
+    return bool(tensor.isfinite().all())

@@ -10,6 +10,7 @@ from shallowdeep.errors import ConfigError
 from shallowdeep.inference.backends import Order
 from shallowdeep.inference.onnx.convert import Converted, as_typed, convert
 from shallowdeep.inference.onnx.fold import StageModel
+from shallowdeep.inference.onnx.layout import kept_blocked
 from shallowdeep.inference.onnx.quantize import quantize_stages
 from shallowdeep.inference.stages import as_values, thresholds_of
 from shallowdeep.policies.rules import ExitPolicy
@@ -34,14 +35,20 @@ def check_calibration(precision: str, calibration: Any, weight_bits: int | None 
         raise ConfigError("int8 is calibrated on real inputs. Pass calibration=, some hundred of them.")
 
 
-def quantised(
-    converted: Converted, policy: ExitPolicy, calibration: Any, weight_bits: int | None = None
+def models_in(
+    precision: str, converted: Converted, policy: ExitPolicy, calibration: Any = None, weight_bits: int | None = None
 ) -> list[StageModel]:
-    """The stages in int8.
+    """The stages in a precision.
 
     Raises:
         ConfigError: the inputs to calibrate on are not the network's.
     """
+    if precision == "int8":
+        return _quantised(converted, policy, calibration, weight_bits)
+    return [kept_blocked(model) for model in converted.models]
+
+
+def _quantised(converted: Converted, policy: ExitPolicy, calibration: Any, weight_bits: int | None) -> list[StageModel]:
     values = {name: value.detach().cpu() for name, value in as_values(calibration).items()}
     if values.keys() != converted.examples.keys():
         raise ConfigError(f"the network takes {', '.join(converted.examples)}; calibration has {', '.join(values)}.")
@@ -56,6 +63,4 @@ def models_for(order: Order, calibration: Any, weight_bits: int | None = None) -
     check_calibration(order.precision, calibration, weight_bits)
     policy = as_typed(order.policy)
     converted = convert(order.sdn, policy, order.example_inputs)
-    if order.precision == "int8":
-        return quantised(converted, policy, calibration, weight_bits), policy
-    return converted.models, policy
+    return models_in(order.precision, converted, policy, calibration, weight_bits), policy

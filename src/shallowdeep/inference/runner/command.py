@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--device-id", type=int, default=0, help="number of the GPU (default: 0)")
     parser.add_argument("--threads", type=int, default=0, help="0: one for each core")
-    parser.add_argument("--spinning", action="store_true", help="threads wait actively")
+    parser.add_argument("--spinning", action="store_true", help="threads wait actively between runs, too")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32], help="sizes to time")
     parser.add_argument("--repeats", type=int, default=20, help="of every timing")
     given = parser.parse_args(arguments)

@@ -25,7 +25,8 @@ class Settings:
     Args:
         threads: that share the work of one operator; 0: one for each core.
         providers: by name, or name and options; the first has to be there.
-        spinning: threads without work wait actively. Faster alone on a machine, and a brake on everything else.
+        spinning: threads without work wait actively also when no run lasts, a brake on everything else, the sessions
+            of other stages among it. Else they do so within a run alone.
         shared_pool: all sessions share ONNX Runtime's global threads, as many as the first of them asked for. It is
             for the whole process: every session made later must say so as well. The fastest for programs that do
             nothing else.
@@ -75,7 +76,8 @@ class Settings:
         else:
             options.intra_op_num_threads = self.threads
             options.inter_op_num_threads = 1
-            options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self.spinning else "0")
+            # Were threads to sleep within a run, ResNet-56 would take 1.4 x as long on a single image.
+            options.add_session_config_entry("session.force_spinning_stop", "0" if self.spinning else "1")
         try:
             source = model if isinstance(model, bytes) else str(model)
             session = runtime.InferenceSession(source, options, providers=self.numbered)
