@@ -79,8 +79,14 @@ def test_the_answers_stay(residual):
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-6)
 
 
-def test_a_stage_is_not_changed_where_convolutions_alone_read_the_features():
-    straight = convert(attached(Straight), sd.Confidence(0.5), IMAGES).models
+class Pooled(Straight):
+    def forward(self, x):
+        return super().forward(nn.functional.max_pool2d(x, 2))
+
+
+@pytest.mark.parametrize("block", [Straight, Pooled])
+def test_a_stage_is_not_changed_where_convolutions_or_poolings_alone_read_the_features(block):
+    straight = convert(attached(block), sd.Confidence(0.5), IMAGES).models
     assert [kept_blocked(model) for model in straight] == straight
 
 

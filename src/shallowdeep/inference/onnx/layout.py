@@ -16,6 +16,12 @@ from shallowdeep.inference.onnx.fold import StageModel
 from shallowdeep.inference.stages import FEATURES
 
 BLOCKED = f"{FEATURES}_blocked"
+BLOCKING = {
+    "Conv",
+    "MaxPool",
+    "AveragePool",
+    "GlobalAveragePool",
+}  # operators that bring a tensor into blocks themselves
 
 
 def kept_blocked(model: StageModel) -> StageModel:
@@ -26,13 +32,13 @@ def kept_blocked(model: StageModel) -> StageModel:
 
     Returns:
         A copy with the pooling in front, or the stage itself where it has no feature map ``(n, c, h, w)``, no
-        convolution, or reads the map by convolutions alone.
+        convolution, or reads the map by convolutions and poolings alone.
     """
     graph = model.model.graph
     entering = [value for value in graph.input if value.name == FEATURES]
     readers = {node.op_type for node in graph.node if FEATURES in node.input}
     convolves = any(node.op_type == "Conv" for node in graph.node)
-    if not convolves or not readers - {"Conv"} or len(entering[0].type.tensor_type.shape.dim) != 4:
+    if not convolves or not readers - BLOCKING or len(entering[0].type.tensor_type.shape.dim) != 4:
         return model
     changed = copy.deepcopy(model.model)
     for node in changed.graph.node:
