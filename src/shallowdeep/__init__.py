@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from shallowdeep.data.tensors import TensorSet
     from shallowdeep.data.triggers import Backdoor, Stamp, poison, stamp, triggered
     from shallowdeep.errors import ShallowDeepError
-    from shallowdeep.inference.cascade import Answers
+    from shallowdeep.inference.answers import Answers
     from shallowdeep.inference.engine import Engine
     from shallowdeep.inference.onnx.export import Export, export
     from shallowdeep.inference.runner.folder import Runner
@@ -65,9 +65,9 @@ _HOMES = {
     "data.tensors": ["TensorSet"],
     "data.triggers": ["Backdoor", "Stamp", "poison", "stamp", "triggered"],
     "errors": ["ShallowDeepError"],
+    "inference.answers": ["Answers"],
     "inference.engine": ["Engine"],
     "inference.onnx.export": ["Export", "export"],
-    "inference.cascade": ["Answers"],
     "inference.runner.folder": ["Runner"],
     "networks.attach": ["attach"],
     "networks.costs": ["Costs"],

@@ -10,7 +10,7 @@ import torch
 import shallowdeep as sd
 from shallowdeep.errors import ConfigError, MissingExtra, TraceError, UnknownName
 from shallowdeep.inference.backends import BACKENDS
-from shallowdeep.inference.cascade import Latency
+from shallowdeep.inference.latency import Latency
 from shallowdeep.inference.timing import lanes, one_at_a_time
 from shallowdeep.inference.timing.bench import agreement, measure_speed
 from shallowdeep.inference.timing.one_at_a_time import OneAtATime

@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shallowdeep.inference.cascade import MAX_WAIT, Cascade, Latency, Step, collect, settle
+from shallowdeep.inference.answers import collect, settle
+from shallowdeep.inference.cascade import MAX_WAIT, Cascade, Step
+from shallowdeep.inference.latency import Latency
 
 COSTS = (0.25, 0.5, 1.0)
 

@@ -16,7 +16,8 @@ from torch import nn
 
 import shallowdeep as sd
 from shallowdeep.errors import ConfigError, NetworkError, UnknownName
-from shallowdeep.inference.cascade import Cascade, Latency
+from shallowdeep.inference.cascade import Cascade
+from shallowdeep.inference.latency import Latency
 from shallowdeep.inference.onnx import export as onnx_export
 from shallowdeep.inference.onnx import parity
 from shallowdeep.inference.onnx.convert import as_typed

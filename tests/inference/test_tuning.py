@@ -12,8 +12,8 @@ from torch import nn
 
 from shallowdeep.errors import ConfigError, DataError, MissingExtra, NetworkError, UnknownName
 from shallowdeep.inference import compiled, torch_stages
-from shallowdeep.inference.cascade import Latency
 from shallowdeep.inference.engine import Engine
+from shallowdeep.inference.latency import Latency
 from shallowdeep.inference.tuning import task as tuning_task
 from shallowdeep.inference.tuning import tune
 from shallowdeep.inference.tuning.result import TunedWay, Tuning

@@ -17,7 +17,7 @@ from shallowdeep.analysis.confusion import confusion_scores
 from shallowdeep.analysis.gradcam import gradcam
 from shallowdeep.errors import ShallowDeepError
 from shallowdeep.explore.setting import Setting, Usual
-from shallowdeep.inference.cascade import Answers
+from shallowdeep.inference.answers import Answers
 from shallowdeep.policies.replay import replay
 from shallowdeep.report.gallery import png_url
 from shallowdeep.report.missing import Missing

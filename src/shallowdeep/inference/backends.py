@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from shallowdeep.errors import ConfigError, ShallowDeepError
-from shallowdeep.inference.cascade import Answers, Latency, Leaving, Values
+from shallowdeep.inference.answers import Answers, Leaving
+from shallowdeep.inference.cascade import Values
+from shallowdeep.inference.latency import Latency
 from shallowdeep.inference.runner.sessions import RunnerError
 from shallowdeep.networks.calls import first_line
 from shallowdeep.networks.sdn import ShallowDeepNetwork

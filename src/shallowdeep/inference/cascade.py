@@ -10,57 +10,13 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from shallowdeep.inference.answers import DONE, Answers, Leaving, collect, live_rows, settle
+from shallowdeep.inference.latency import Latency, pays
+
 Values = dict[str, Any]
 """What goes from stage to stage: name to array, one row per sample, in arrays of the run time's own kind."""
 
 MAX_WAIT = 8  # batches after which a sample waits no longer for others
-
-DONE = -1  # the id of a row whose sample has its answer, or that only fills a batch up
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What was answered, one entry per sample.
-
-    Attributes:
-        ids: which samples these are, shape ``(n,)``: their numbers in the order in which they were given.
-        labels: the answered class, shape ``(n,)``.
-        scores: probabilities, shape ``(n, outputs)``.
-        confidences: the largest of them, shape ``(n,)``.
-        exits: where each sample left, shape ``(n,)``.
-        costs: what that cost, as a share of the plain network, shape ``(n,)``.
-    """
-
-    ids: np.ndarray
-    labels: np.ndarray
-    scores: np.ndarray
-    confidences: np.ndarray
-    exits: np.ndarray
-    costs: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def updated(self, later: Answers) -> Answers:
-        """These answers, with later ones in the place of their samples' earlier ones; both in the order of ids."""
-        places = np.searchsorted(self.ids, later.ids)
-        merged = {name: getattr(self, name).copy() for name in ("labels", "scores", "confidences", "exits", "costs")}
-        for name, values in merged.items():
-            values[places] = getattr(later, name)
-        return Answers(self.ids, **merged)
-
-    def __str__(self) -> str:
-        shares = {int(exit): float((self.exits == exit).mean()) for exit in np.unique(self.exits)}
-        listed = ", ".join(f"exit {exit} {100 * share:.0f} %" for exit, share in shares.items())
-        return f"{len(self)} answers at {100 * self.costs.mean():.1f} % of the cost ({listed})"
-
-
-class Leaving(NamedTuple):
-    """Samples that leave at one exit: their ids ``(n,)``, the scores they are answered with ``(n, outputs)``."""
-
-    exit: int
-    ids: np.ndarray
-    scores: np.ndarray
 
 
 class Step(NamedTuple):
@@ -105,42 +61,6 @@ class Stages(Protocol):
     def wait(self) -> None:
         """Wait until the device has done all that it was asked for."""
         ...
-
-
-@dataclass(frozen=True)
-class Latency:
-    """How long each stage takes, by batch size.
-
-    Attributes:
-        sizes: the batch sizes measured, rising.
-        run_ms: of each stage at each size.
-        take_ms: of picking so many rows of what goes into each stage.
-    """
-
-    sizes: tuple[int, ...]
-    run_ms: tuple[tuple[float, ...], ...]
-    take_ms: tuple[tuple[float, ...], ...]
-
-    def run(self, stage: int, rows: int) -> float:
-        """Milliseconds of a stage on some rows: a straight line between two sizes and beyond the last."""
-        return _along(rows, self.sizes, self.run_ms[stage])
-
-    def take(self, stage: int, rows: int) -> float:
-        """Milliseconds of picking some rows of what goes into a stage."""
-        return _along(rows, self.sizes, self.take_ms[stage])
-
-    def bound(self, arriving: Sequence[int]) -> float:
-        """Milliseconds of all stages at the rows that arrive at each: what no engine on these stages can beat."""
-        return sum(self.run(stage, rows) for stage, rows in enumerate(arriving) if rows)
-
-
-def _along(rows: int, sizes: Sequence[int], values: Sequence[float]) -> float:
-    if rows <= sizes[-1]:
-        return float(np.interp(rows, sizes, values))
-    if len(sizes) == 1:
-        return values[0] * rows / sizes[0]
-    slope = max(values[-1] - values[-2], 0.0) / (sizes[-1] - sizes[-2])
-    return values[-1] + slope * (rows - sizes[-1])
 
 
 @dataclass
@@ -370,55 +290,3 @@ class Cascade:
         leaving, ids = settle(group.ids, stop, scores, exit, last=stage == len(self.stages.exits) - 1, plan=plan)
         rest = _Group(ids, step.values, group.batch)
         return leaving, rest if len(rest.live) else None
-
-
-def settle(
-    ids: np.ndarray, stop: np.ndarray, scores: np.ndarray, exit: int, *, last: bool, plan: np.ndarray | None = None
-) -> tuple[Leaving, np.ndarray]:
-    """Who leaves at an exit.
-
-    Args:
-        ids: whose each row is, ``DONE`` where it is nobody's any more.
-        stop: what the policy says of each row.
-        scores: what each row would be answered.
-        exit: index of the exit.
-        last: everyone leaves here.
-        plan: the exit of each sample by its id, in place of ``stop``.
-
-    Returns:
-        Those who leave, and the ids with theirs set to ``DONE``.
-    """
-    live = ids != DONE
-    if plan is not None:
-        stop = plan[ids] <= exit
-    leaving = live if last else live & stop
-    return Leaving(exit, ids[leaving], scores[leaving]), np.where(leaving, DONE, ids)
-
-
-def live_rows(ids: np.ndarray) -> np.ndarray:
-    """Indices of the rows that still want an answer."""
-    return (ids != DONE).nonzero()[0]
-
-
-def pays(latency: Latency | None, stage: int, kept: int, rows: int) -> bool:
-    """Whether a stage is reached and run sooner with ``kept`` rows picked out of ``rows``; without a table it is."""
-    if latency is None:
-        return True
-    return latency.take(stage, kept) + latency.run(stage, kept) < latency.run(stage, rows)
-
-
-def collect(leaving: Iterable[Leaving], exits: Sequence[int], costs: Sequence[float]) -> Answers:
-    """All that leaves, as one ``Answers`` in the order of the samples.
-
-    Args:
-        leaving: at least one.
-        exits: index of each exit where samples may leave.
-        costs: of leaving there.
-    """
-    found = list(leaving)
-    ids = np.concatenate([one.ids for one in found])
-    order = np.argsort(ids, kind="stable")
-    left = np.concatenate([np.full(len(one.ids), one.exit) for one in found])[order]
-    scores = np.concatenate([one.scores for one in found])[order]
-    paid = np.asarray(costs, dtype=np.float64)[np.searchsorted(np.asarray(exits), left)]
-    return Answers(ids[order], scores.argmax(-1), scores, scores.max(-1), left, paid)

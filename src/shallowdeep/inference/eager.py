@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from shallowdeep.errors import ConfigError, NetworkError
+from shallowdeep.inference.answers import Answers, Leaving, collect, live_rows, settle
 from shallowdeep.inference.backends import Order
-from shallowdeep.inference.cascade import Answers, Latency, Leaving, Values, collect, live_rows, pays, settle
+from shallowdeep.inference.cascade import Values
+from shallowdeep.inference.latency import Latency, pays
 from shallowdeep.inference.stages import as_inputs
 from shallowdeep.inference.torch_stages import fetch, index_on, network_for, take, wait_for
 from shallowdeep.networks.calls import exact_float32, in_eval_mode

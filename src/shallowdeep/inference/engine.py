@@ -16,8 +16,10 @@ from shallowdeep.data.pytrees import map_tensors
 from shallowdeep.data.samples import Samples
 from shallowdeep.data.streams import as_samples
 from shallowdeep.errors import ConfigError, DataError, UnknownName
+from shallowdeep.inference.answers import Answers, collect
 from shallowdeep.inference.backends import BACKENDS, PRECISIONS, Driver, Order
-from shallowdeep.inference.cascade import Answers, Latency, Values, collect
+from shallowdeep.inference.cascade import Values
+from shallowdeep.inference.latency import Latency
 from shallowdeep.inference.onnx.precisions import check_calibration
 from shallowdeep.inference.stages import as_values
 from shallowdeep.inference.tuning.result import Tuning

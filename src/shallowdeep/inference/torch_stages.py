@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shallowdeep.inference.answers import Answers
 from shallowdeep.inference.backends import PRECISIONS, Order
-from shallowdeep.inference.cascade import Answers, Cascade, Latency, Step, Values
+from shallowdeep.inference.cascade import Cascade, Step, Values
+from shallowdeep.inference.latency import Latency
 from shallowdeep.inference.stages import Body, Stage, as_inputs, cut, thresholds_of
 from shallowdeep.networks.calls import exact_float32, in_eval_mode
 from shallowdeep.networks.sdn import ShallowDeepNetwork

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from shallowdeep.errors import NetworkError
-from shallowdeep.inference.cascade import Answers
+from shallowdeep.inference.answers import Answers
 from shallowdeep.inference.onnx.convert import Converted
 from shallowdeep.inference.runner.folder import Runner
 from shallowdeep.inference.runner.sessions import Settings

@@ -1,1 +1,1 @@
-"""Exported folders, run with numpy and onnxruntime alone. Their ``run.py`` is these files and ``cascade``, joined."""
+"""Exported folders, run with numpy and onnxruntime alone: ``run.py`` is these files and what they import, joined."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from shallowdeep.inference.cascade import Answers
+from shallowdeep.inference.answers import Answers
 from shallowdeep.inference.runner.folder import Runner
 from shallowdeep.inference.runner.manifest import FORMS
 from shallowdeep.inference.runner.sessions import RunnerError, Settings, load_onnxruntime

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from shallowdeep.inference.cascade import Answers, Cascade, Values, collect
+from shallowdeep.inference.answers import Answers, collect
+from shallowdeep.inference.cascade import Cascade, Values
 from shallowdeep.inference.runner.manifest import FORMS, MANIFEST, checked_file, read_manifest
 from shallowdeep.inference.runner.sessions import RunnerError, Settings
 from shallowdeep.inference.runner.stages import OneFile, OnnxStages, typed_thresholds

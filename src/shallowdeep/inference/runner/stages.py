@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from shallowdeep.inference.cascade import Answers, Leaving, Step, Values, collect
+from shallowdeep.inference.answers import Answers, Leaving, collect
+from shallowdeep.inference.cascade import Step, Values
 from shallowdeep.inference.runner.device import device_of, join_rows, take_rows
 from shallowdeep.inference.runner.sessions import RunnerError, Settings
 

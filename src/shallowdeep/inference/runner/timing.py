@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from shallowdeep.inference.cascade import Latency, Values
+from shallowdeep.inference.cascade import Values
+from shallowdeep.inference.latency import Latency
 from shallowdeep.inference.runner.folder import Runner
 from shallowdeep.inference.runner.manifest import FORMS
 from shallowdeep.inference.runner.sessions import RunnerError, Settings

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from shallowdeep.errors import ConfigError
+from shallowdeep.inference.answers import Answers
 from shallowdeep.inference.backends import BACKENDS, NO_EXITS, Driver, why_not
-from shallowdeep.inference.cascade import Answers, Values
+from shallowdeep.inference.cascade import Values
 from shallowdeep.inference.engine import Engine
 from shallowdeep.inference.runner.sessions import DEVICES
 from shallowdeep.inference.runner.stages import OnnxStages

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from shallowdeep.inference.cascade import Answers, Leaving, collect
+from shallowdeep.inference.answers import Answers, Leaving, collect
 from shallowdeep.inference.stages import as_values, cut
 from shallowdeep.inference.torch_stages import TorchStages
 from shallowdeep.networks.sdn import ShallowDeepNetwork

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from shallowdeep.data.pytrees import row_counts, take_rows
-from shallowdeep.inference.cascade import Answers
+from shallowdeep.inference.answers import Answers
 from shallowdeep.inference.timing.lanes import Lane
 from shallowdeep.inference.timing.stage_times import stage_times
 

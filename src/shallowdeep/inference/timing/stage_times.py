@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from shallowdeep.inference.cascade import Latency
 from shallowdeep.inference.engine import Engine
+from shallowdeep.inference.latency import Latency
 from shallowdeep.inference.sizes import rows_at_a_time
 from shallowdeep.inference.timing.speed import BOUND, LINEAR, STAGES
 

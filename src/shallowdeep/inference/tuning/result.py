@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from shallowdeep.inference.cascade import Latency
+from shallowdeep.inference.latency import Latency
 
 
 @dataclass(frozen=True)

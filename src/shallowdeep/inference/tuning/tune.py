@@ -15,7 +15,8 @@ import torch
 from shallowdeep.data.files.cache import cache_folder
 from shallowdeep.errors import ConfigError, FileFormatError
 from shallowdeep.inference.backends import BACKENDS, Driver, why_not
-from shallowdeep.inference.cascade import Latency, Values
+from shallowdeep.inference.cascade import Values
+from shallowdeep.inference.latency import Latency
 from shallowdeep.inference.sizes import built_for, powers_up_to
 from shallowdeep.inference.tuning.result import TunedWay, Tuning
 from shallowdeep.inference.tuning.task import Task
