@@ -10,7 +10,7 @@ demo: $(READY)  ## the whole job on real digits
 	$(BIN)/shallowdeep demo --out runs/demo --resume
 
 test: $(READY)  ## the whole suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 
 docs: $(READY)  ## the pages under docs/results that are made from results/; images where SHALLOWDEEP_DATA holds CIFAR-10
 	$(BIN)/shallowdeep study paper --table

@@ -20,6 +20,7 @@ BLOCKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS)
 def test_python_block_runs(block, tmp_path):
     # A process of its own: without the run-time type checks of this suite, as a reader would run it.
