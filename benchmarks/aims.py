@@ -2,8 +2,8 @@
 
     python benchmarks/aims.py RUN/results/bench-fp32-int8.json [MORE.json …]
 
-The limits were set for a wide network (VGG-16) on two cores, with a policy that loses at most a point at half of the cost.
-Several files of one run, such as one of each precision, make one table. A figure is the median of the rounds, its
+The limits were set for a wide network (VGG-16) on two cores, with a policy that loses at most a point at half of the
+cost. Several files of one run, such as one of each precision, make one table. A figure is the median of the rounds, its
 middle half in brackets; an aim is held by the median. What was not timed is left out, and said so.
 """
 
