@@ -88,6 +88,7 @@ def found(aim: Aim, reports: list[dict[str, Any]]) -> Iterator[dict[str, str]]:
 
 
 def turned(figure: dict[str, float]) -> dict[str, float]:
+    """A ratio's figures the other way round."""
     return {"median": 1 / figure["median"], "low": 1 / figure["high"], "high": 1 / figure["low"]}
 
 
