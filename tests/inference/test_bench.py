@@ -11,7 +11,7 @@ import shallowdeep as sd
 from shallowdeep.errors import ConfigError, MissingExtra, TraceError, UnknownName
 from shallowdeep.inference.backends import BACKENDS
 from shallowdeep.inference.latency import Latency
-from shallowdeep.inference.timing import lanes, one_at_a_time
+from shallowdeep.inference.timing import lanes, one_at_a_time, rounds
 from shallowdeep.inference.timing.bench import agreement, measure_speed
 from shallowdeep.inference.timing.one_at_a_time import OneAtATime
 from shallowdeep.inference.timing.speed import (
@@ -130,6 +130,24 @@ def test_stages_are_timed_as_the_network_itself_is(monkeypatch, small, images, l
 
 def timing(backend, variant, *latencies, batch_size=8):
     return Timing(batch_size, backend, "fp32", variant, latencies)
+
+
+def test_every_turn_begins_with_samples_that_are_not_timed(monkeypatch):
+    clock, calls = [0.0], []
+
+    def lane(name: str) -> lanes.Lane:
+        def run(batch: torch.Tensor) -> None:
+            cold = not calls or calls[-1][0] != name
+            calls.append((name, len(batch)))
+            clock[0] += 9.0 if cold else 1.0
+
+        return lanes.Lane("eager", "fp32", name, "cpu", run)
+
+    monkeypatch.setattr(rounds.time, "perf_counter", lambda: clock[0])
+    tallies = rounds.time_in_turn([lane(PLAIN), lane(ALL_EXITS)], torch.zeros(256, 1), 64, 2, lambda: None)
+    assert [tally.latencies_ms for tally in tallies] == [[1000.0, 1000.0]] * 2
+    turns = [calls[start : start + 3] for start in range(2, len(calls), 3)]
+    assert [[rows for _, rows in turn] for turn in turns] == [[rounds.WARM_ROWS, 64, 64]] * 4
 
 
 def test_ratios_are_taken_within_a_round():

@@ -16,6 +16,7 @@ from shallowdeep.inference.timing.lanes import Lane
 from shallowdeep.inference.timing.stage_times import stage_times
 
 STAGE_BATCHES, STAGE_ROWS = 4, 64  # of a round, on which the stages alone are timed: so many batches or samples
+WARM_ROWS = 32  # at most, answered before a lane's turn is timed: its weights are in no cache after the others' turns
 
 
 @dataclass
@@ -74,9 +75,11 @@ def time_in_turn(
 def _round(number: int, lanes: Sequence[Lane], tallies: Sequence[Tally], images: Any, rows: np.ndarray) -> None:
     batches = [take_rows(images, torch.from_numpy(part)) for part in rows]
     timed = max(STAGE_BATCHES, STAGE_ROWS // rows.shape[1])  # of these, for the stages alone
+    warm = take_rows(batches[0], slice(0, WARM_ROWS))
     pairs = list(zip(lanes, tallies, strict=True))
-    # In another order each round: whatever one leaves behind in caches and in waiting threads meets all the others.
+    # In another order each round: whatever one leaves behind in waiting threads meets all the others.
     for lane, tally in (pairs[place] for place in np.random.default_rng(number).permutation(len(pairs))):
+        lane.run(warm)
         begin = time.perf_counter()
         found = [lane.run(batch) for batch in batches]
         tally.latencies_ms.append(1e3 * (time.perf_counter() - begin) / len(batches))
