@@ -78,6 +78,22 @@ def test_an_engine_decides_like_replay(engine_for, images, trace, policy, backen
     assert_decides_like(engine(images), sd.replay(trace, policy))
 
 
+@pytest.mark.parametrize("backend", ["eager", "stages", "plain"])
+def test_a_cpu_runs_32_rows_at_a_time_unless_asked_otherwise(small, images, backend):
+    def rows(**given: int) -> int | None:
+        engine = sd.Engine(small, sd.Confidence(0.6), backend=backend, example_inputs=images, **given)
+        engine(images)
+        return engine.micro_batch
+
+    assert rows() == 32
+    assert rows(micro_batch=80) == 80
+
+
+def test_elsewhere_all_rows_run_together(small, images):
+    elsewhere = copy.deepcopy(small).to("meta")
+    assert Order(elsewhere, sd.Confidence(0.6), "fp32", images).rows is None
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_sample_is_answered_as_in_a_batch(engine_for, images, trace, backend):
     policy = sd.Confidence(0.6)
@@ -140,7 +156,7 @@ def test_dropped_rows_are_not_computed(engine_for, images, backend):
     engine = engine_for(backend, sd.Confidence(0.0))
     with SeeingRows() as seen:
         engine(images)
-    assert seen.rows == [len(images)]  # the stem's, and no block's
+    assert sum(seen.rows) == len(images)  # the stem's, and no block's
 
 
 class SeeingRows(torch.utils._python_dispatch.TorchDispatchMode):

@@ -21,6 +21,7 @@ from shallowdeep.policies.rules import Confidence, ExitPolicy, exits_of
 
 NO_EXITS = Confidence(2.0, exits=())  # everybody leaves at the end, with its softmax
 PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+MICRO_BATCH = 32  # rows at a time at which CPUs are best: larger blocks go back to the system in between
 
 
 @runtime_checkable
@@ -92,6 +93,11 @@ class Order:
     def device(self) -> torch.device:
         """The network's."""
         return next(self.sdn.parameters()).device
+
+    @property
+    def rows(self) -> int | None:
+        """Run at a time: as asked, else ``MICRO_BATCH`` on a CPU; elsewhere ``None``, all that come together."""
+        return self.micro_batch or (MICRO_BATCH if self.device.type == "cpu" else None)
 
     @property
     def exits(self) -> list[int]:

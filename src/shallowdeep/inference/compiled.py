@@ -27,8 +27,7 @@ from shallowdeep.policies.rules import ExitPolicy
 from shallowdeep.progress import track
 from shallowdeep.storage import shown
 
-MICRO_BATCH = {"cpu": 32}
-"""Rows run at a time where nothing is asked, by kind of device; others take 256."""
+LARGEST = 256  # size compiled for where nothing is asked, but on a CPU
 RECORDING = 2
 """Calls of a CUDA graph before it replays: one warms up, one records."""
 
@@ -166,8 +165,7 @@ def build_compiled(order: Order) -> TorchCascade:
         NetworkError: the network cannot be cut.
     """
     options = order.take_options("sizes", "progress")
-    device = next(order.sdn.parameters()).device
-    most = order.micro_batch or MICRO_BATCH.get(device.type, 256)
+    device, most = order.device, order.rows or LARGEST
     sizes = sizes_up_to(most) if options.get("sizes") is None else _checked_sizes(options["sizes"])
     check_compiler(device, "backend='compiled'", "use backend='onnx' or 'stages'")
     stages = CompiledStages(

@@ -241,7 +241,7 @@ class _Watch(_Forward):
 def build_eager(order: Order) -> Eager:
     """The network itself; in another precision a copy of it."""
     order.take_options()
-    return Eager(network_for(order), order.policy, order.example_inputs, order.costs, None, order.micro_batch)
+    return Eager(network_for(order), order.policy, order.example_inputs, order.costs, None, order.rows)
 
 
 def _handed_out(work: Callable[[Callable[[Found], None]], None]) -> Iterator[Found]:

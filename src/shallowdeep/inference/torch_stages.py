@@ -173,7 +173,7 @@ def build_stages(order: Order) -> TorchCascade:
     order.take_options()
     bodies = cut(order.sdn, order.example_inputs, exits=order.exits)
     stages = TorchStages(bodies, order.policy, order.sdn.num_outputs, dtype=PRECISIONS[order.precision])
-    return TorchCascade(stages, order.costs, micro_batch=order.micro_batch)
+    return TorchCascade(stages, order.costs, micro_batch=order.rows)
 
 
 def build_plain(order: Order) -> TorchCascade:
@@ -181,4 +181,4 @@ def build_plain(order: Order) -> TorchCascade:
     order.take_options()
     sdn = network_for(order)
     cost = sdn.costs.relative([])[-1].item()
-    return TorchCascade(PlainStage(sdn, order.example_inputs), [cost], micro_batch=order.micro_batch)
+    return TorchCascade(PlainStage(sdn, order.example_inputs), [cost], micro_batch=order.rows)

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 import torch
 
 from shallowdeep.errors import ConfigError, require
-from shallowdeep.inference.backends import Order
+from shallowdeep.inference.backends import MICRO_BATCH, Order
 from shallowdeep.inference.cascade import Cascade
 from shallowdeep.inference.onnx.precisions import models_for
 from shallowdeep.inference.runner.sessions import Provider, RunnerError, Settings
 from shallowdeep.inference.runner.stages import OnnxStages
 from shallowdeep.inference.stages import thresholds_of
 
-MICRO_BATCH = 32  # rows at a time at which ONNX Runtime is best; larger blocks go back to the system in between
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """What computes where a network is, by kind of device."""
 

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from shallowdeep.errors import ConfigError, NetworkError, require
-from shallowdeep.inference.backends import Order
+from shallowdeep.inference.backends import MICRO_BATCH, Order
 from shallowdeep.inference.cascade import Cascade, Step, Values
-from shallowdeep.inference.onnx.onnxruntime import MICRO_BATCH
 from shallowdeep.inference.onnx.precisions import models_for
 from shallowdeep.inference.runner.device import join_rows, take_rows
 from shallowdeep.inference.runner.stages import step_of

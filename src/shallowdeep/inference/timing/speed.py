@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from shallowdeep.errors import ConfigError, require
-from shallowdeep.inference.backends import PRECISIONS
+from shallowdeep.inference.backends import MICRO_BATCH, PRECISIONS
 from shallowdeep.storage import replacing
 
-MICRO_BATCH = 32  # rows at a time at which the network without exits is timed, beside the whole batch
 EXITS, PLAIN, NOBODY, ALL_EXITS = "early exits", "plain", "nobody exits", "all exits"
 BOUND, LINEAR, STAGES, ONE_AT_A_TIME = "bound", "linear bound", "sum of stages", "one at a time"
 WHOLE_BATCH, IN_PARTS, BARE = "plain, whole batch", f"plain, {MICRO_BATCH} at a time", "bare"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from shallowdeep.errors import ConfigError, UnknownName
-from shallowdeep.inference.backends import BACKENDS, NO_EXITS, Driver, Order
+from shallowdeep.inference.backends import BACKENDS, MICRO_BATCH, NO_EXITS, Driver, Order
 from shallowdeep.inference.cascade import Values
 from shallowdeep.inference.sizes import built_for
 from shallowdeep.inference.stages import as_values
@@ -24,7 +24,6 @@ from shallowdeep.networks.calls import distinct_rows
 from shallowdeep.versions import version_of
 
 CANDIDATES = tuple(name for name in BACKENDS if name != "plain")
-MICRO_BATCH = 32  # tried beside the whole batch: small enough for the caches, large enough for the cores
 PACKAGES = ("shallowdeep", "torch", "numpy", "onnxruntime", "openvino")
 
 
