@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,13 +48,14 @@ def make_fabric(
         devices, num_nodes = local, world // local
     several = (devices or 1) * num_nodes > 1
     try:
-        fabric = Fabric(
-            accelerator=device,
-            devices=devices or 1,
-            num_nodes=num_nodes,
-            precision=precision,
-            strategy=("ddp" if all_used else "ddp_find_unused_parameters_true") if several else "auto",
-        )
+        with _quiet("lightning_fabric.utilities.rank_zero"):
+            fabric = Fabric(
+                accelerator=device,
+                devices=devices or 1,
+                num_nodes=num_nodes,
+                precision=precision,
+                strategy=("ddp" if all_used else "ddp_find_unused_parameters_true") if several else "auto",
+            )
         fabric.launch()
     except Exception as error:  # ValueError, RuntimeError or Fabric's own, as the accelerator has it
         why = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
@@ -70,6 +72,18 @@ def make_fabric(
         atexit.unregister(_leave)
         atexit.register(_leave)
     return fabric
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """A logger keeps its remarks to itself, but not its warnings: stderr is for what has gone wrong."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _leave() -> None:

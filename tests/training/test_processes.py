@@ -1,6 +1,7 @@
 """Two processes on a CPU, as torchrun starts them, against one process."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from shallowdeep.config import load_config
+from shallowdeep.processes import make_fabric
 from shallowdeep.runs.run import Run
 from shallowdeep.storage import load_tensors
 
@@ -55,6 +57,15 @@ def torchrun(*arguments, ok=True):
     )  # fmt: skip
     assert (found.returncode == 0) == ok, found.stderr[-3000:]
     return found
+
+
+def test_fabric_makes_no_remarks(caplog):
+    fabrics = logging.getLogger("lightning_fabric.utilities.rank_zero")
+    level = fabrics.level
+    with caplog.at_level(logging.INFO):
+        make_fabric("cpu", precision="bf16-mixed")
+    assert not caplog.records
+    assert fabrics.level == level
 
 
 @pytest.mark.slow
