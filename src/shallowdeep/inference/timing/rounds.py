@@ -16,7 +16,7 @@ from shallowdeep.inference.timing.lanes import Lane
 from shallowdeep.inference.timing.stage_times import stage_times
 
 STAGE_BATCHES, STAGE_ROWS = 4, 64  # of a round, on which the stages alone are timed: so many batches or samples
-WARM_ROWS = 32  # at most, answered before a lane's turn is timed: its weights are in no cache after the others' turns
+WARM_ROWS = 32  # at most, answered before a lane's turn is timed, as after the others' turns it runs slower at first
 
 
 @dataclass
