@@ -11,11 +11,11 @@ written after each way to run, so that none is lost; what cannot run at all is a
 """
 
 import argparse
+import dataclasses
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,10 @@ ENGINES = (
     "stages fp32",
     "compiled fp32",
     "onnx fp32",
+    "onnx fp32 batches",
     "openvino fp32",
     "onnx int8",
+    "onnx int8 batches",
     "openvino int8",
 )
 FORMS = ("stages", "batched", "single")  # of an exported folder
@@ -75,8 +77,8 @@ class Comparison:
         self.trace = sd.record(sdn, test)
         self.rows: list[dict[str, Any]] = []
 
-    def engine(self, policy: sd.ExitPolicy, backend: str, precision: str) -> dict[str, Any]:
-        """Figures of an engine."""
+    def engine(self, policy: sd.ExitPolicy, backend: str, precision: str, calls: str = "") -> dict[str, Any]:
+        """Figures of an engine that answers all in one call, or (``calls="batches"``) a micro-batch in each."""
         options: dict[str, Any] = {"calibration": self.calibration} if precision == "int8" else {}
         options |= {"sizes": (COMPILED,)} if backend == "compiled" else {}
         engine = sd.Engine(
@@ -88,11 +90,11 @@ class Comparison:
             micro_batch=COMPILED if backend == "compiled" else MICRO_BATCH,
             **options,
         )
-        answers = engine(self.images)
+        answers = joined([engine(part) for part in self.images.split(MICRO_BATCH if calls else len(self.images))])
         if precision == "fp32":
             return self.figures(answers, self.trace, policy)
         own = engine.record(self.test, batch_size=MICRO_BATCH)  # of the exits that the policy looks at, numbered anew
-        return self.figures(answers, own, replace(policy, exits=None), engine.exits)  # type: ignore[type-var]
+        return self.figures(answers, own, dataclasses.replace(policy, exits=None), engine.exits)  # type: ignore[type-var]
 
     def figures(
         self, answers: sd.Answers, trace: sd.Trace, policy: sd.ExitPolicy, exits: list[int] | None = None
@@ -121,10 +123,24 @@ class Comparison:
         print({name: self.rows[-1][name] for name in shown if name in self.rows[-1]}, flush=True)
 
 
+def joined(parts: list[sd.Answers]) -> sd.Answers:
+    """The answers of several calls as those of one."""
+    fields = {
+        field.name: np.concatenate([getattr(one, field.name) for one in parts])
+        for field in dataclasses.fields(sd.Answers)
+    }
+    return sd.Answers(**{**fields, "ids": np.arange(len(fields["ids"]))})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--engines", nargs="*", default=ENGINES, help="each a back end and a precision")
+    parser.add_argument(
+        "--engines",
+        nargs="*",
+        default=ENGINES,
+        help="each a back end and a precision, and perhaps the word 'batches': a call for each",
+    )
     parser.add_argument("--forms", nargs="*", default=FORMS, help="of an exported folder")
     parser.add_argument("--policies", nargs="+", help="some of the four; all where not given")
     parser.add_argument("--samples", type=int, help="of the test split, at most; all where not given")

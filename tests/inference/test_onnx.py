@@ -278,6 +278,44 @@ def test_an_engine_decides_like_the_folder(exported, parting, images, seen):
         np.testing.assert_allclose(one, seen.logits[exit].numpy(), atol=1e-4)
 
 
+def test_a_batch_run_at_once_takes_one_file_and_others_the_stages(exported, parting, images, seen, monkeypatch):
+    policy, _ = exported
+    ran = []
+    run = OnnxStages.run
+    monkeypatch.setattr(OnnxStages, "run", lambda self, stage, values: ran.append(stage) or run(self, stage, values))
+    files, stages = (
+        sd.Engine(parting, policy, backend="onnx", example_inputs=images, threads=1, one_file=one_file)
+        for one_file in (None, False)
+    )
+    plan = np.resize(files.exits, 32)
+    for rows in (1, 32):
+        assert_decides_like(files(images[:rows]), sd.replay(seen.select(torch.arange(rows)), policy))
+        driver, values = files.ready(images[:rows])
+        planned = driver.answer(values, plan=plan[:rows])
+        assert planned.exits.tolist() == plan[:rows].tolist()
+        assert not ran
+        driver, values = stages.ready(images[:rows])
+        expected = driver.answer(values, plan=plan[:rows])
+        np.testing.assert_allclose(planned.scores, expected.scores, atol=1e-5)
+        assert sorted(set(ran)) == list(range(len(set(plan[:rows]))))
+        ran.clear()
+    files(images)
+    assert ran
+
+
+@pytest.mark.parametrize(
+    ("limit", "options"), [("NESTING", {}), ("MOST_BYTES", {}), (None, {"exits": ()}), (None, {"one_file": False})]
+)
+def test_no_second_copy_is_held_where_it_cannot_help(small, images, monkeypatch, limit, options):
+    options = dict(options)
+    if limit:
+        monkeypatch.setattr(f"shallowdeep.inference.onnx.onnxruntime.{limit}", 1)
+    policy = sd.Confidence(0.5, exits=options.pop("exits", (0,)))
+    engine = sd.Engine(small, policy, backend="onnx", example_inputs=images, threads=1, **options)
+    driver, _ = engine.ready(images)
+    assert driver.folded is None
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_openvino_runs_the_same_files(exported, images, seen, threads):
     pytest.importorskip("openvino")

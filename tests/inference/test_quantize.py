@@ -6,13 +6,17 @@ import torch
 
 import shallowdeep as sd
 from shallowdeep.errors import ConfigError
+from shallowdeep.inference.cascade import Cascade
 from shallowdeep.inference.onnx import export as onnx_export
+from shallowdeep.inference.onnx import quantize
 from shallowdeep.inference.onnx.convert import convert
 from shallowdeep.inference.onnx.export import export
+from shallowdeep.inference.onnx.handover import in_eight_bits
 from shallowdeep.inference.onnx.quantize import MIN_ROWS, _reaching, body_nodes, quantize_stages
 from shallowdeep.inference.runner.folder import Runner
 from shallowdeep.inference.runner.manifest import FORMS
 from shallowdeep.inference.runner.sessions import Settings
+from shallowdeep.inference.runner.stages import OnnxStages
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -182,3 +186,41 @@ def test_int8_without_real_inputs_is_refused(small, images, policy, tmp_path):
     with pytest.raises(ConfigError, match="Pass calibration="):
         sd.Engine(small, policy, backend="onnx", precision="int8", example_inputs=images)
     assert list(tmp_path.iterdir()) == []
+
+
+def logits_of(models, threshold, images):
+    """What stages give at each exit, nobody leaving."""
+    files = [model.model.SerializeToString() for model in models]
+    stages = OnnxStages(files, [model.exit for model in models], {"threshold": threshold}, Settings(threads=1))
+    return Cascade(stages, [0.1] * len(models)).logits({"inputs": images.numpy()})
+
+
+def types_given(model):
+    """Type and shape of each value that a stage gives to later ones."""
+    tensors = {value.name: value.type.tensor_type for value in model.model.graph.output}
+    return {
+        name: (kind.elem_type, [dim.dim_value for dim in kind.shape.dim][1:])
+        for name, kind in tensors.items()
+        if name.endswith("_out")
+    }
+
+
+@pytest.mark.parametrize("case", ["all quantised", "a stage in float32", "a scale of its own"])
+def test_stages_hand_over_eight_bits_and_nothing_else_changes(floats, many, images, policy, case, monkeypatch):
+    arguments = ({"threshold": policy.threshold}, {"inputs": many.numpy()})
+    if case == "a scale of its own":
+        monkeypatch.setattr(quantize, "scales_given", lambda model: {})
+    before = quantize_stages(floats.models, *arguments)
+    if case == "a stage in float32":
+        before[1] = floats.models[1]
+    after = in_eight_bits(before)
+    for one, other in zip(*(logits_of(models, policy.threshold, images) for models in (before, after)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert [(one.inputs, one.outputs) for one in after] == [(one.inputs, one.outputs) for one in before]
+    assert types_given(before[0]) == {"features_out": (onnx.TensorProto.FLOAT, [8, 16, 16])}
+    assert types_given(after[0]) == {"features_out": (onnx.TensorProto.UINT8, [16, 16, 8])}
+    second = types_given(after[1])["features_out"][0]
+    assert second == (onnx.TensorProto.FLOAT if case == "a stage in float32" else onnx.TensorProto.UINT8)
+    quantised = [node.input[0] for node in after[1].model.graph.node if node.op_type == "QuantizeLinear"]
+    assert ("features/float" in quantised) == (case == "a scale of its own")
+    assert "features" not in quantised

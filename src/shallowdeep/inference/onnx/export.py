@@ -18,7 +18,7 @@ from shallowdeep.inference.onnx.joined import joined
 from shallowdeep.inference.onnx.manifest import NOT_LAZY, describe, describe_laziness
 from shallowdeep.inference.onnx.parity import Parity, check_folder, extremes_of
 from shallowdeep.inference.onnx.pixels import pixels_of
-from shallowdeep.inference.onnx.precisions import PRECISIONS, WEIGHT_BITS, check_calibration, models_in
+from shallowdeep.inference.onnx.precisions import PRECISIONS, WEIGHT_BITS, check_calibration, laid_out, models_in
 from shallowdeep.inference.runner.folder import Runner
 from shallowdeep.inference.runner.manifest import MANIFEST
 from shallowdeep.inference.runner.sessions import RunnerError, Settings
@@ -119,7 +119,7 @@ def export(
     policy = as_typed(policy)
     cut_up = convert(sdn, policy, example_inputs, pixels=pixels, opset=opset)
     floats = cut_up.models
-    models = models_in(precision, cut_up, policy, calibration, weight_bits)
+    models = laid_out(models_in(precision, cut_up, policy, calibration, weight_bits), precision)
     with making(folder) as partial:
         write_text(partial / "run.py", joined("shallowdeep.inference.runner.command"))
         manifest = describe(sdn, policy, cut_up, precision, opset, class_names)

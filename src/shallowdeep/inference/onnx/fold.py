@@ -15,6 +15,7 @@ import numpy as np
 from shallowdeep.errors import NetworkError, require
 from shallowdeep.inference.runner.stages import OUT
 
+PLAN = "plan"
 NESTING = 24  # an If costs protobuf three levels of messages, and its readers refuse a hundred
 
 
@@ -65,6 +66,7 @@ class _Fold:
     stages: Sequence[StageModel]
     thresholds: Sequence[str]
     batched: bool
+    planned: bool = False
 
     def deeper(self, place: int, values: Mapping[str, str]) -> tuple[_Part, str, str]:
         """A stage and all behind it, as a graph's parts; the names of its scores and its exits."""
@@ -76,6 +78,10 @@ class _Fold:
         exits = part.add("Expand", [here, rows], f"{prefix}exits")
         if place == len(self.stages) - 1:
             return part, found["scores"], exits
+        if self.planned:  # the policy is asked all the same: what is timed is what a policy takes
+            leaves = part.add("LessOrEqual", [values[PLAN], here], f"{prefix}planned")
+            both = part.add("And", [found["stop"], leaves], f"{prefix}asked")
+            found["stop"] = part.add("Or", [leaves, both], f"{prefix}stop_by_plan")
         known = {**values, **{name.removesuffix(OUT): held for name, held in found.items() if name.endswith(OUT)}}
         branch = self._survivors if self.batched else self._alone
         return part, *branch(place, part, prefix, known, found, exits)
@@ -100,7 +106,7 @@ class _Fold:
         part.add("Equal", [count, none], f"{prefix}empty")
         then = _branch(f"{prefix}leave", _Part(), found["scores"], exits)
         inner = _Part()
-        wanted = {name for later in self.stages[place + 1 :] for name in later.inputs}
+        wanted = {PLAN, *(name for later in self.stages[place + 1 :] for name in later.inputs)}
         rows = {
             name: inner.add("Gather", [held, index], f"{prefix}kept/{name}", axis=0)
             for name, held in known.items()
@@ -129,7 +135,7 @@ def check_nesting(num_exits: int) -> None:
         )
 
 
-def fold(stages: Sequence[StageModel], thresholds: Sequence[str], *, batched: bool) -> Any:
+def fold(stages: Sequence[StageModel], thresholds: Sequence[str], *, batched: bool, planned: bool = False) -> Any:
     """One model of all stages.
 
     - inputs: the network's, then the thresholds
@@ -139,6 +145,7 @@ def fold(stages: Sequence[StageModel], thresholds: Sequence[str], *, batched: bo
         stages: shallow to deep.
         thresholds: names of the policy's numbers.
         batched: for any number of rows, else for one.
+        planned: another input, ``PLAN`` ``(rows,)``, says at which exit each row leaves, whatever the policy says.
 
     Raises:
         NetworkError: the stages differ in opset, or are too many.
@@ -146,12 +153,14 @@ def fold(stages: Sequence[StageModel], thresholds: Sequence[str], *, batched: bo
     helper = require("onnx.helper", extra="onnx")
     check_nesting(len(stages))
     opsets = _opsets(stages)
+    rows = "batch" if batched else 1
     inputs = _inputs(stages, batched)
+    if planned:
+        inputs.append(helper.make_tensor_value_info(PLAN, _int(), [rows]))
     known = {value.name: value.name for value in inputs}
-    part, scores, exits = _Fold(stages, thresholds, batched).deeper(0, known)
+    part, scores, exits = _Fold(stages, thresholds, batched, planned).deeper(0, known)
     part.add("Identity", [scores], "scores")
     part.add("Identity", [exits], "exit")
-    rows = "batch" if batched else 1
     first = stages[0].model
     outputs = next(value for value in first.graph.output if value.name == "scores").type.tensor_type.shape.dim[1]
     graph = helper.make_graph(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from shallowdeep.errors import ConfigError
 from shallowdeep.inference.backends import Order
 from shallowdeep.inference.onnx.convert import Converted, as_typed, convert
 from shallowdeep.inference.onnx.fold import StageModel
+from shallowdeep.inference.onnx.handover import in_eight_bits
 from shallowdeep.inference.onnx.layout import kept_blocked
 from shallowdeep.inference.onnx.quantize import quantize_stages
 from shallowdeep.inference.stages import as_values, thresholds_of
@@ -45,7 +47,15 @@ def models_in(
     """
     if precision == "int8":
         return _quantised(converted, policy, calibration, weight_bits)
-    return [kept_blocked(model) for model in converted.models]
+    return converted.models
+
+
+def laid_out(models: Sequence[StageModel], precision: str) -> list[StageModel]:
+    """The stages as ONNX Runtime runs them fastest; OpenVINO takes them as they are.
+
+    Of VGG-16's int8 stages OpenVINO made 1.3 × the time when they were given to it like this.
+    """
+    return in_eight_bits(models) if precision == "int8" else [kept_blocked(model) for model in models]
 
 
 def _quantised(converted: Converted, policy: ExitPolicy, calibration: Any, weight_bits: int | None) -> list[StageModel]:

@@ -12,6 +12,7 @@ import numpy as np
 from shallowdeep.errors import NetworkError, require
 from shallowdeep.inference.cascade import Values
 from shallowdeep.inference.onnx.fold import StageModel
+from shallowdeep.inference.onnx.handover import Scale, scales_given
 from shallowdeep.inference.runner.sessions import RunnerError, Settings
 from shallowdeep.inference.runner.stages import OUT, OnnxStages
 from shallowdeep.networks.calls import first_line
@@ -32,6 +33,8 @@ def quantize_stages(
 ) -> list[StageModel]:
     """Stages in int8, each calibrated on the features of samples that reach it under the policy.
 
+    Where a stage gives out what it has in eight bits, the next one reads it on the same scale (see ``handover``).
+
     Args:
         models: in float32, shallow to deep.
         thresholds: the policy's numbers.
@@ -44,10 +47,12 @@ def quantize_stages(
         NetworkError: a stage cannot be quantised.
     """
     reaching = _reaching(models, thresholds, inputs, threads)
-    return [
-        _quantized(model, feeds, place, weight_bits)
-        for place, (model, feeds) in enumerate(zip(models, reaching, strict=True))
-    ]
+    found: list[StageModel] = []
+    known: dict[str, Scale | None] = {}
+    for place, (model, feeds) in enumerate(zip(models, reaching, strict=True)):
+        found.append(_quantized(model, feeds, place, weight_bits, known))
+        known |= scales_given(found[-1])
+    return found
 
 
 def _reaching(
@@ -90,7 +95,10 @@ def _batches(values: Values) -> Iterator[Values]:
         yield {name: value[first : first + ROWS] for name, value in values.items()}
 
 
-def _quantized(model: StageModel, feeds: list[Values], place: int, weight_bits: int) -> StageModel:
+def _quantized(
+    model: StageModel, feeds: list[Values], place: int, weight_bits: int, known: Mapping[str, Scale | None]
+) -> StageModel:
+    """A stage in int8, on the scales that are known of its inputs."""
     onnx = require("onnx", extra="onnx")
     tools = require("onnxruntime.quantization", extra="onnx")
     prepare = require("onnxruntime.quantization.shape_inference", extra="onnx").quant_pre_process
@@ -112,8 +120,15 @@ def _quantized(model: StageModel, feeds: list[Values], place: int, weight_bits: 
                 weight_type=tools.QuantType.QInt8,
                 per_channel=True,
                 reduce_range=weight_bits == 7,
-                # logits in 256 steps would make confidences tie
-                extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
+                extra_options={
+                    # logits in 256 steps would make confidences tie
+                    "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"],
+                    "TensorQuantOverrides": {
+                        name: [{"scale": np.asarray(one.scale), "zero_point": np.asarray(one.zero_point)}]
+                        for name, one in known.items()
+                        if one is not None and name in model.inputs
+                    },
+                },
             )
             found = onnx.load(written)
         except Exception as error:  # whatever the tool makes of a graph it does not know

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,14 +124,14 @@ class OneFile:
         exits: index of each exit where samples may leave.
         costs: of leaving there.
         thresholds: the policy's numbers, as the session takes them.
-        rows: run at a time; the single file takes one.
+        rows: run at a time; the single file takes one, the other any number.
     """
 
     session: Any
     exits: Sequence[int]
     costs: Sequence[float]
     thresholds: Values
-    rows: int
+    rows: int = sys.maxsize
 
     def answer(self, inputs: Values) -> Answers:
         """Answer a batch of any size."""
