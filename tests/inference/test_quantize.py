@@ -130,6 +130,22 @@ def test_every_form_decides_by_the_int8_logits(written, small, images, policy):
         np.testing.assert_allclose(answers.scores, decisions.scores.numpy(), atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_every_policy_runs_in_int8(small, images, many, trace, policy, backend):
+    """Each as it decides on the back end's own Trace; of the two back ends one quantises what the other does."""
+    pytest.importorskip({"onnx": "onnxruntime", "openvino": "openvino"}[backend])
+    data = sd.TensorSet(images, torch.zeros(len(images), dtype=torch.int64), num_classes=5)
+    kinds = [sd.Patience(1), sd.Confidence(policy.threshold, answer="most_confident")]
+    for kind in kinds:
+        engine = sd.Engine(
+            small, kind, backend=backend, precision="int8", example_inputs=images, calibration=many, threads=1
+        )
+        decisions = sd.replay(engine.record(data), kind)
+        answers = engine(images)
+        np.testing.assert_array_equal(answers.exits, decisions.exits.numpy())
+        np.testing.assert_allclose(answers.scores, decisions.scores.numpy(), atol=1e-5)
+
+
 def test_an_export_says_how_far_int8_is_from_float(written):
     parity = written.manifest["parity"]
     assert 1e-4 < parity["logits"] < 0.3
