@@ -15,7 +15,7 @@ import numpy as np
 from shallowdeep.errors import NetworkError, require
 from shallowdeep.inference.runner.stages import OUT
 
-PLAN = "plan"
+PLAN = "shallowdeep/plan"  # no input of a network is called so
 NESTING = 24  # an If costs protobuf three levels of messages, and its readers refuse a hundred
 
 
