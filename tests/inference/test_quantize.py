@@ -131,8 +131,8 @@ def test_every_form_decides_by_the_int8_logits(written, small, images, policy):
 
 
 @pytest.mark.parametrize("backend", ["onnx", "openvino"])
-def test_every_policy_runs_in_int8(small, images, many, trace, policy, backend):
-    """Each as it decides on the back end's own Trace; of the two back ends one quantises what the other does."""
+def test_every_policy_runs_in_int8(small, images, many, policy, backend):
+    """Each decides as its replay does on the back end's own Trace."""
     pytest.importorskip({"onnx": "onnxruntime", "openvino": "openvino"}[backend])
     data = sd.TensorSet(images, torch.zeros(len(images), dtype=torch.int64), num_classes=5)
     kinds = [sd.Patience(1), sd.Confidence(policy.threshold, answer="most_confident")]

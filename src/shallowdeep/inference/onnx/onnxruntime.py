@@ -21,7 +21,7 @@ from shallowdeep.inference.stages import thresholds_of
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """What computes where a network is, by kind of device."""
-MOST_BYTES = 2**28  # of stages that are held a second time, as one file
+MOST_BYTES = 2**28  # of stages that are held as one file as well
 
 
 @dataclass(frozen=True)
