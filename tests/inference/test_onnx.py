@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -328,6 +330,31 @@ def test_openvino_runs_the_same_files(exported, images, seen, threads):
     with ThreadPoolExecutor(threads) as pool:
         for answers in pool.map(lambda _: cascade.answer({"inputs": images.numpy()}), range(2 * threads)):
             assert_decides_like(answers, sd.replay(seen, policy))
+
+
+TWO_ENGINES = """
+import signal
+import torch
+from torch import nn
+import shallowdeep as sd
+
+net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+sdn, x = sd.attach(net, torch.zeros(1, 8), taps=["1"]).eval(), torch.randn(5, 8)
+engines = [sd.Engine(sdn, sd.Confidence(0.5), backend="openvino", example_inputs=x) for _ in range(2)]
+print([len(engine(x).exits) for engine in engines])
+engines.pop(0)
+engines.pop(0)
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("stopped")
+"""
+
+
+def test_a_signal_after_two_openvino_engines_does_not_kill_the_process():
+    pytest.importorskip("openvino")
+    done = subprocess.run([sys.executable, "-c", TWO_ENGINES], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (0, "[5, 5]\nstopped\n"), done.stderr
 
 
 def test_another_provider_may_be_timed_later(exported, tmp_path):

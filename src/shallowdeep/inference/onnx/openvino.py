@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -49,8 +50,7 @@ class OpenVinoStages:
         threads: int = 0,
         device: str = "CPU",
     ):
-        openvino = require("openvino", extra="openvino")
-        core = openvino.Core()
+        core = openvino_core()
         _check_device(core, device, precision)
         config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
         if threads:
@@ -99,6 +99,28 @@ class OpenVinoStages:
         """Nothing is left to wait for: a request's ``infer`` returns when its device is done."""
 
 
+_STARTING = threading.Lock()
+
+
+def openvino_core() -> Any:
+    """The one ``openvino.Core`` of this process, which is never let go.
+
+    Each core gives the thread that starts it a stack for signals, and gives back at its end the one that it found
+    (OpenVINO 2026.4). Let go in the order in which they came, two cores leave the thread a stack that is unmapped:
+    the next signal with a Python handler, Ctrl-C or a worker of a ``DataLoader`` that ends, kills the process.
+
+    Raises:
+        MissingExtra: OpenVINO is not installed.
+    """
+    with _STARTING:
+        return _only_core()
+
+
+@cache
+def _only_core() -> Any:
+    return require("openvino", extra="openvino").Core()
+
+
 def _check_device(core: Any, device: str, precision: str) -> None:
     if device not in core.available_devices:
         raise ConfigError(f"OpenVINO has no device {device!r} here, only {', '.join(core.available_devices)}.")
@@ -136,10 +158,9 @@ def build_openvino(order: Order) -> Cascade:
         ConfigError: OpenVINO has not got the device, or not the precision on it.
         NetworkError: the network has no ONNX form, or none in this precision, or OpenVINO does not take it.
     """
-    openvino = require("openvino", extra="openvino")
     options = order.take_options("threads", "device", "weight_bits")
     if options.get("device") is None:
-        options["device"] = device_for(order.device, openvino.Core().available_devices)
+        options["device"] = device_for(order.device, openvino_core().available_devices)
     models, policy = models_for(order, order.calibration, options.pop("weight_bits", None))
     threads = options.pop("threads", None)
     stages = OpenVinoStages(
