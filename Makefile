@@ -9,8 +9,8 @@ READY := $(VENV)/ready
 demo: $(READY)  ## the whole job on real digits
 	$(BIN)/shallowdeep demo --out runs/demo --resume
 
-test: $(READY)  ## the whole suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
+test: $(READY)  ## the whole suite; a test that kills its process ends it (xdist would wait for ever)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 -q
 
 docs: $(READY)  ## the pages under docs/results that are made from results/; images where SHALLOWDEEP_DATA holds CIFAR-10
 	$(BIN)/shallowdeep study paper --table
