@@ -70,6 +70,12 @@ def exported(request, parting, images, seen, tmp_path_factory):
     return policy, export(parting, policy, folder, example_inputs=images[:8], class_names=list("abcde"))
 
 
+@pytest.fixture(scope="module")
+def engine(exported, parting, images):
+    """The policy's engine in ONNX Runtime."""
+    return sd.Engine(parting, exported[0], backend="onnx", example_inputs=images, threads=1)
+
+
 def assert_decides_like(answers, decisions):
     np.testing.assert_array_equal(answers.exits, decisions.exits.numpy())
     np.testing.assert_allclose(answers.scores, decisions.scores.numpy(), atol=1e-5)
@@ -268,9 +274,8 @@ def test_threads_wait_actively_between_runs_where_that_is_asked_for(exported, sp
     assert entry("session.force_spinning_stop") == ("0" if spinning else "1")
 
 
-def test_an_engine_decides_like_the_folder(exported, parting, images, seen):
+def test_an_engine_decides_like_the_folder(exported, engine, images, seen):
     policy, out = exported
-    engine = sd.Engine(parting, policy, backend="onnx", example_inputs=images, threads=1)
     assert engine.micro_batch == 32
     answers, expected = engine(images), Runner(out.folder, settings=ONE_THREAD)(images.numpy())
     assert_decides_like(answers, sd.replay(seen, policy))
@@ -280,28 +285,23 @@ def test_an_engine_decides_like_the_folder(exported, parting, images, seen):
         np.testing.assert_allclose(one, seen.logits[exit].numpy(), atol=1e-4)
 
 
-def test_a_batch_run_at_once_takes_one_file_and_others_the_stages(exported, parting, images, seen, monkeypatch):
+def test_a_batch_run_at_once_takes_one_file_and_others_the_stages(exported, engine, images, seen, monkeypatch):
     policy, _ = exported
     ran = []
     run = OnnxStages.run
     monkeypatch.setattr(OnnxStages, "run", lambda self, stage, values: ran.append(stage) or run(self, stage, values))
-    files, stages = (
-        sd.Engine(parting, policy, backend="onnx", example_inputs=images, threads=1, one_file=one_file)
-        for one_file in (None, False)
-    )
-    plan = np.resize(files.exits, 32)
+    plan = np.resize(engine.exits, 32)
     for rows in (1, 32):
-        assert_decides_like(files(images[:rows]), sd.replay(seen.select(torch.arange(rows)), policy))
-        driver, values = files.ready(images[:rows])
+        assert_decides_like(engine(images[:rows]), sd.replay(seen.select(torch.arange(rows)), policy))
+        driver, values = engine.ready(images[:rows])
         planned = driver.answer(values, plan=plan[:rows])
         assert planned.exits.tolist() == plan[:rows].tolist()
         assert not ran
-        driver, values = stages.ready(images[:rows])
-        expected = driver.answer(values, plan=plan[:rows])
-        np.testing.assert_allclose(planned.scores, expected.scores, atol=1e-5)
+        by_stages = Cascade.answer(driver, values, plan=plan[:rows])
+        np.testing.assert_allclose(planned.scores, by_stages.scores, atol=1e-5)
         assert sorted(set(ran)) == list(range(len(set(plan[:rows]))))
         ran.clear()
-    files(images)
+    engine(images)
     assert ran
 
 
