@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="in a round")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    rows = []
+    environment, rows = describe_machine(args.device), []
     settings = [
         {"precision": precision, "channels_last": last, "compiled": compiled}
         for precision, last, compiled in itertools.product(
@@ -190,7 +190,7 @@ def main() -> None:
             print(json.dumps(row), file=sys.stderr, flush=True)
     values = {
         "command": " ".join(["python", "benchmarks/training_settings.py", *sys.argv[1:]]),
-        "environment": describe_machine(args.device),
+        "environment": environment,
         "rows": rows,
     }
     print(json.dumps(values, indent=2))
