@@ -30,9 +30,11 @@ from shallowdeep.inference.timing.speed import spread
 from shallowdeep.networks.attach import attach
 from shallowdeep.networks.zoo import load_network
 from shallowdeep.provenance import describe_machine
+from shallowdeep.training.prepared import quick_in_bf16
 from shallowdeep.training.strategies import named_strategy
 
 BATCH = 128
+PRECISIONS = ("fp32", "bf16", "bf16 throughout")  # the last also where `fit` takes float32, because it is quicker there
 
 
 def build_step(name: str, setting: dict[str, Any], device: str, keeping: ExitStack) -> Callable[[], None]:
@@ -44,12 +46,14 @@ def build_step(name: str, setting: dict[str, Any], device: str, keeping: ExitSta
         sdn.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = images.to(memory_format=torch.channels_last)
     phase = named_strategy("joint", sdn, "fast")[0]
+    if setting["precision"] == "bf16":
+        keeping.enter_context(quick_in_bf16(sdn, phase, torch.device(device), "bf16-mixed"))
     optimizer = phase.recipe.build_optimizer(list(sdn.parameters()))
     keeping.enter_context(sdn.tapped())
     model = torch.compile(sdn) if setting["compiled"] else sdn
 
     def step() -> None:
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=setting["precision"] == "bf16"):
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=setting["precision"] != "fp32"):
             logits = model(images)
         loss = phase.objective([x.float() for x in logits], labels, 0.5)
         loss.backward()
@@ -167,7 +171,7 @@ def measure(name: str, settings: list[dict[str, Any]], args: argparse.Namespace)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=["resnet20", "vgg16"])
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=PRECISIONS)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--processes", type=int, nargs="+", default=[1], help="that share the threads, each a training")
     parser.add_argument("--compile", action="store_true", help="also compiled")

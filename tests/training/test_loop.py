@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from shallowdeep.errors import ConfigError, FileFormatError, NetworkError, TrainingDiverged
+from shallowdeep.networks.attach import attach
+from shallowdeep.training.features import FeatureReuse
 from shallowdeep.training.loop import fit
 from shallowdeep.training.objectives import Joint, Plain
 from shallowdeep.training.recipes import Recipe
@@ -333,6 +335,35 @@ def test_bf16_is_asked_for_and_loss_stays_float32(build, little):
     assert set(seen) == {(torch.float32, torch.float32)}
     assert not same(state(exact), state(coarse))
     assert {tensor.dtype for tensor in coarse.state_dict().values()} == {torch.float32, torch.int64}
+
+
+@pytest.mark.parametrize(
+    ("precision", "trains", "expected"),
+    [
+        ("bf16", "all", {"whole": True, "depthwise": True, "strided": False}),
+        ("bf16", "exits", {"whole": True, "depthwise": True, "strided": True}),
+        ("fp32", "all", {"whole": False, "depthwise": False, "strided": False}),
+    ],
+)
+def test_strided_depthwise_convolutions_alone_are_trained_in_float32(little, precision, trains, expected, monkeypatch):
+    net = nn.Sequential()
+    net.add_module("whole", nn.Conv2d(3, 8, 3, stride=2, padding=1))
+    net.add_module("depthwise", nn.Conv2d(8, 8, 3, padding=1, groups=8))
+    net.add_module("strided", nn.Conv2d(8, 16, 3, stride=2, padding=1, groups=8))
+    net.add_module("last", nn.Sequential(nn.Flatten(), nn.Linear(16 * 64, 10)))
+    sdn = attach(net, little.example_inputs, taps=["depthwise"])
+    names = {module: name for name, module in net.named_children()}
+    coarse, computed = {}, nn.Conv2d._conv_forward
+
+    def see(self, inputs, weight, bias):
+        coarse[names[self]] = torch.is_autocast_enabled("cpu")
+        return computed(self, inputs, weight, bias)
+
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", see)
+    phase = Phase(Joint((0.5,)), trains, RECIPE.model_copy(update={"precision": precision}))
+    train(sdn, little, (phase,), epochs=1, validate_every=0, features=FeatureReuse(passes=0))
+    assert coarse == expected
+    assert not any("forward" in vars(module) for module in sdn.modules())
 
 
 def test_channels_last_reaches_inputs_and_weights(build, little):

@@ -31,7 +31,7 @@ from shallowdeep.training.features import (
     features_folder,
 )
 from shallowdeep.training.place import Place
-from shallowdeep.training.prepared import frozen_for, laid_out_for, trained_by
+from shallowdeep.training.prepared import frozen_for, laid_out_for, quick_in_bf16, trained_by
 from shallowdeep.training.recipes import Recipe
 from shallowdeep.training.strategies import Phase, RecipeFor, Strategy, named_strategy, with_epochs
 
@@ -184,6 +184,7 @@ class _Run:
         fabric = self.place.fabric(phase)
         self.sdn.to(device=fabric.device)
         with laid_out_for(self.sdn, recipe), frozen_for(self.sdn, phase), ExitStack() as keeping:
+            keeping.enter_context(quick_in_bf16(self.sdn, phase, fabric.device, self.place.precision(recipe)))
             optimizer = recipe.build_optimizer(trained_by(self.sdn, phase))
             first = self.checkpoint.load(self.sdn, optimizer, number) if resume else 0
             if first >= recipe.epochs:
