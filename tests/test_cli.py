@@ -214,6 +214,7 @@ def bad_inputs(runs, tmp_path):
 
 def test_bad_input_is_one_clear_line_and_exit_code_2(runs, tmp_path, shell, monkeypatch):
     monkeypatch.delenv("SHALLOWDEEP_DATA", raising=False)
+    assert shell("calibrate", runs / "ic", "--max-cost", 1.1)[0] == 0
     for words, message in bad_inputs(runs, tmp_path):
         code, _, err = shell(*words)
         assert code == 2, (words, err)

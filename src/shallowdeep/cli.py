@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from shallowdeep.console import assignments, numbers, options, show
+from shallowdeep.console import assignments, numbers, options, refuse, show
 from shallowdeep.errors import ConfigError, ShallowDeepError
 
 app = typer.Typer(
@@ -246,7 +246,7 @@ def bench(
             "--backend": backend, "--precision": precision, "--num-samples": num_samples, "--device": device,
             "--smaller": smaller, "--shared-pool": shared_pool or None,
         }  # fmt: skip
-        _refuse(given, "for a run folder; an exported one takes --batch-size, --rounds, --threads and --provider")
+        refuse(given, "for a run folder; an exported one takes --batch-size, --rounds, --threads and --provider")
         from shallowdeep.inference.timing.folder import bench_folder
 
         # The process is ours and does nothing else: all sessions share one pool of threads.
@@ -260,7 +260,7 @@ def bench(
         )
         typer.echo(f"{found}\nWritten into {run / 'manifest.json'}")
         return
-    _refuse({"--provider": provider}, "for an exported folder; name back ends by --backend")
+    refuse({"--provider": provider}, "for an exported folder; name back ends by --backend")
     from shallowdeep.inference.timing.bench import DEFAULT_BACKENDS
     from shallowdeep.runs.run import Run
 
@@ -374,13 +374,6 @@ def paper(
         typer.echo(f"error: {one.cell}: {one.message}", err=True)
     if failed:
         raise typer.Exit(2)
-
-
-def _refuse(given: dict[str, Any], why: str) -> None:
-    """Say that options are of no use here, rather than pass over them."""
-    used = [name for name, value in given.items() if value is not None]
-    if used:
-        raise ConfigError(f"{', '.join(used)} {'is' if len(used) == 1 else 'are'} {why}.")
 
 
 def _placements(sdn: Any) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shallowdeep.errors import ConfigError
@@ -68,3 +68,20 @@ def _cell(value: Any) -> str:
     if value is None:
         return "–"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def refuse(given: Mapping[str, Any], why: str) -> None:
+    """Say that options are of no use here, rather than pass over them.
+
+    Args:
+        given: what each is, by the name it is typed with; ``None``: it was not given.
+        why: the end of the sentence.
+
+    Raises:
+        ConfigError: one was given.
+
+    >>> refuse({"--rounds": None}, "for a run folder")
+    """
+    used = [name for name, value in given.items() if value is not None]
+    if used:
+        raise ConfigError(f"{', '.join(used)} {'is' if len(used) == 1 else 'are'} {why}.")
