@@ -350,8 +350,10 @@ def paper(
 ) -> None:
     """The paper's table: four networks, three data sets, four strategies, resumed where it was left."""
     from shallowdeep.studies.cells import Place
-    from shallowdeep.studies.page import write_page
-    from shallowdeep.studies.paper import Matrix, list_cells, select
+    from shallowdeep.studies.estimates import list_cells
+    from shallowdeep.studies.paper.matrix import Matrix
+    from shallowdeep.studies.paper.page import write_page
+    from shallowdeep.studies.selection import select
     from shallowdeep.studies.side_by_side import run_cells
 
     if backdoor and not table:

@@ -11,7 +11,7 @@ from shallowdeep.analysis.confusion import Confusion
 from shallowdeep.analysis.overthinking import Overthinking
 from shallowdeep.config import RecipeChoice, RunConfig
 from shallowdeep.studies.cells import Cell, Place
-from shallowdeep.studies.paper import PASSES, Matrix
+from shallowdeep.studies.paper.matrix import PASSES, Matrix
 from shallowdeep.studies.results import CellResult, Provenance, Start
 from shallowdeep.studies.side_by_side import run_cells
 from shallowdeep.training.features import FeatureReuse

@@ -13,7 +13,7 @@ from shallowdeep.errors import ConfigError
 from shallowdeep.networks.zoo import NETWORKS
 from shallowdeep.studies import side_by_side
 from shallowdeep.studies.cells import Place, state_of
-from shallowdeep.studies.paper import Matrix
+from shallowdeep.studies.paper.matrix import Matrix
 from shallowdeep.studies.results import read_result
 from shallowdeep.studies.side_by_side import run_cells
 

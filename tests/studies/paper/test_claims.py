@@ -3,9 +3,9 @@
 import pytest
 
 from shallowdeep.analysis.backdoor import BackdoorEffect, BackdoorWithPolicy
-from shallowdeep.studies import claims
-from shallowdeep.studies.claims import judge, saved_at_plain_accuracy
-from shallowdeep.studies.evidence import spread_over_seeds
+from shallowdeep.studies.paper import claims
+from shallowdeep.studies.paper.claims import judge, saved_at_plain_accuracy
+from shallowdeep.studies.paper.evidence import spread_over_seeds
 from shallowdeep.studies.results import BackdoorResult
 from shallowdeep.studies.tasks import title_of
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from shallowdeep.studies.layout import (
+from shallowdeep.studies.paper.layout import (
     Group,
     label,
     markdown_table,
@@ -16,7 +16,7 @@ from shallowdeep.studies.layout import (
     signed,
     title_of_network,
 )
-from shallowdeep.studies.published import CONFUSION, TABLE_3, WASTEFUL
+from shallowdeep.studies.paper.published import CONFUSION, TABLE_3, WASTEFUL
 from shallowdeep.studies.results import CellResult
 from shallowdeep.studies.tasks import title_of
 

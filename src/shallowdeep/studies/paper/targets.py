@@ -7,10 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shallowdeep.studies.estimates import flops_of_training
-from shallowdeep.studies.evidence import reaches
-from shallowdeep.studies.layout import Group, label, markdown_table, mean_text, paragraph, signed, title_of_network
-from shallowdeep.studies.paper import DATA, NETWORKS
-from shallowdeep.studies.published import COMPUTE, TABLE_3, published_gain
+from shallowdeep.studies.paper.evidence import reaches
+from shallowdeep.studies.paper.layout import (
+    Group,
+    label,
+    markdown_table,
+    mean_text,
+    paragraph,
+    signed,
+    title_of_network,
+)
+from shallowdeep.studies.paper.matrix import DATA, NETWORKS
+from shallowdeep.studies.paper.published import COMPUTE, TABLE_3, published_gain
 from shallowdeep.studies.results import CellResult
 from shallowdeep.studies.tasks import title_of
 

@@ -7,15 +7,15 @@ from dataclasses import asdict
 
 import pytest
 from studies.conftest import STARTED
-from studies.test_claims import effect
+from studies.paper.test_claims import effect
 
 from shallowdeep.errors import FileFormatError
 from shallowdeep.storage import write_json
 from shallowdeep.studies import side_by_side
-from shallowdeep.studies.layout import groups_of
-from shallowdeep.studies.page import page_of, write_page
-from shallowdeep.studies.paper import DATA
-from shallowdeep.studies.reproduction import commands_of
+from shallowdeep.studies.paper.layout import groups_of
+from shallowdeep.studies.paper.matrix import DATA
+from shallowdeep.studies.paper.page import page_of, write_page
+from shallowdeep.studies.paper.reproduction import commands_of
 
 
 def row_of(page: str, title: str, start: str) -> list[str]:

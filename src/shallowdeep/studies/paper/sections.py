@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from shallowdeep.analysis.confusion import Confusion
-from shallowdeep.studies.layout import (
+from shallowdeep.studies.paper.layout import (
     COLUMNS,
     Group,
     label,
@@ -18,7 +18,7 @@ from shallowdeep.studies.layout import (
     signed,
     title_of_network,
 )
-from shallowdeep.studies.paper import NETWORKS
+from shallowdeep.studies.paper.matrix import NETWORKS
 from shallowdeep.studies.results import CellResult
 from shallowdeep.studies.tasks import title_of
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from shallowdeep.errors import FileFormatError
 from shallowdeep.storage import write_text
-from shallowdeep.studies.claims import Verdict, judge, judge_mixed, reasons_against
-from shallowdeep.studies.comparison import compare_with_published
-from shallowdeep.studies.evidence import counted_as, reaches
-from shallowdeep.studies.layout import (
+from shallowdeep.studies.paper.claims import Verdict, judge, judge_mixed, reasons_against
+from shallowdeep.studies.paper.comparison import compare_with_published
+from shallowdeep.studies.paper.evidence import counted_as, reaches
+from shallowdeep.studies.paper.layout import (
     COLUMNS,
     Group,
     flaws_of,
@@ -24,11 +24,11 @@ from shallowdeep.studies.layout import (
     percent,
     title_of_network,
 )
-from shallowdeep.studies.paper import DATA, NETWORKS
-from shallowdeep.studies.reproduction import show_how
+from shallowdeep.studies.paper.matrix import DATA, NETWORKS
+from shallowdeep.studies.paper.reproduction import show_how
+from shallowdeep.studies.paper.sections import compare_thresholds, show_confusion, show_exits, show_overthinking
+from shallowdeep.studies.paper.targets import show_targets
 from shallowdeep.studies.results import BackdoorResult, CellResult, find_backdoors, read_backdoor, read_results
-from shallowdeep.studies.sections import compare_thresholds, show_confusion, show_exits, show_overthinking
-from shallowdeep.studies.targets import show_targets
 from shallowdeep.studies.tasks import title_of
 
 

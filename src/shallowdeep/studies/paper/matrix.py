@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -13,8 +11,7 @@ from shallowdeep.config import RecipeChoice, RunConfig
 from shallowdeep.data.sources import data_sets
 from shallowdeep.errors import ConfigError, UnknownName
 from shallowdeep.networks.zoo import networks as known_networks
-from shallowdeep.studies.cells import Cell, Place, State, state_of
-from shallowdeep.studies.estimates import Rates, measure_rates, training_flops
+from shallowdeep.studies.cells import Cell
 from shallowdeep.studies.tasks import TASKS
 from shallowdeep.training.features import FeatureReuse
 from shallowdeep.training.recipes import RECIPES
@@ -129,65 +126,3 @@ class Matrix:
                 init=found["plain"] if strategy in ("ic_only", "mixed") else None,
             )
         return list(found.values())
-
-
-def select(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
-    """The cells whose name fits one of the patterns, in their order; without patterns all.
-
-    Args:
-        cells: to choose from.
-        patterns: names, in which ``*`` and ``?`` stand for anything.
-
-    Raises:
-        ConfigError: no cell fits a pattern; the nearest names are given.
-    """
-    names = [cell.name for cell in cells]
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            near = difflib.get_close_matches(pattern.replace("*", ""), names, n=3, cutoff=0.5)
-            hint = f" Near it: {', '.join(near)}." if near else ""
-            raise ConfigError(f"no cell fits '{pattern}'.{hint} All names: shallowdeep study paper --list")
-    return [cell for cell in cells if not patterns or any(fnmatch.fnmatchcase(cell.name, p) for p in patterns)]
-
-
-def patterns_of(names: Sequence[str], offered: Sequence[str]) -> list[str]:
-    """Few patterns that select these names and no other ones of those offered: whole data sets, networks, strategies.
-
-    >>> offered = ["digits/vgg16/plain-fast-seed0", "digits/vgg16/joint-fast-seed0", "digits/resnet20/plain-fast-seed0"]
-    >>> patterns_of(offered[:2], offered), patterns_of(offered, offered), patterns_of(["elsewhere"], offered)
-    (['digits/vgg16/*'], ['digits/*'], ['elsewhere'])
-    """
-    patterns: list[str] = []
-    for name in names:
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
-            continue
-        folders, _, cell = name.rpartition("/")
-        wide = (f"{folders.partition('/')[0]}/*", f"{folders}/*", f"{folders}/{cell.partition('-')[0]}-*")
-        fits = (pattern for pattern in wide if {*names} >= {*fnmatch.filter(offered, pattern)} != set())
-        patterns.append(next(fits, name))
-    return patterns
-
-
-def list_cells(cells: Sequence[Cell], place: Place) -> list[dict[str, Any]]:
-    """A row per cell: its state, the epochs done, what training it still costs and why it waits.
-
-    The cost is for complete data; hours rest on trainings that lie in the place, and are ``None`` before any.
-    """
-    rates = measure_rates(cells, place)
-    rows = [_listed(cell, state_of(cell, place), rates) for cell in cells]
-    return rows if any(row["note"] for row in rows) else [{k: v for k, v in row.items() if k != "note"} for row in rows]
-
-
-def _listed(cell: Cell, state: State, rates: Rates) -> dict[str, Any]:
-    flops, rate = training_flops(cell), rates.of(cell)
-    done = 1.0 if state.word == "done" else min(state.epochs / cell.epochs, 1.0)
-    left = None if flops is None else flops * (1 - done)
-    waits = cell.init is not None and state.word == "blocked"
-    return {
-        "cell": cell.name,
-        "state": state.word,
-        "epochs": f"{state.epochs}/{cell.epochs}",
-        "PFLOP left": None if left is None else f"{left / 1e15:.3g}",
-        "hours left": None if left is None or rate is None else f"{left / rate / 3600:.2f}",
-        "note": f"after {cell.init.name.rpartition('/')[2]}" if waits and cell.init is not None else state.note,
-    }

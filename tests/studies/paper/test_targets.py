@@ -2,9 +2,9 @@
 
 import pytest
 
-from shallowdeep.studies.layout import groups_of
-from shallowdeep.studies.paper import DATA
-from shallowdeep.studies.targets import TARGETS, show_targets, training_compute
+from shallowdeep.studies.paper.layout import groups_of
+from shallowdeep.studies.paper.matrix import DATA
+from shallowdeep.studies.paper.targets import TARGETS, show_targets, training_compute
 
 
 def rows(results, *, gains):

@@ -6,10 +6,11 @@ import shlex
 import statistics
 from collections.abc import Sequence
 
-from shallowdeep.studies.evidence import counted_as
-from shallowdeep.studies.layout import Group, label, markdown_table, paragraph, title_of_network
-from shallowdeep.studies.paper import DATA, NETWORKS, PASSES, STRATEGIES, Matrix, patterns_of
+from shallowdeep.studies.paper.evidence import counted_as
+from shallowdeep.studies.paper.layout import Group, label, markdown_table, paragraph, title_of_network
+from shallowdeep.studies.paper.matrix import DATA, NETWORKS, PASSES, STRATEGIES, Matrix
 from shallowdeep.studies.results import BACKDOORS, CellResult
+from shallowdeep.studies.selection import patterns_of
 from shallowdeep.studies.tasks import title_of
 
 

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Literal
 
 from shallowdeep.analysis.backdoor import BackdoorEffect
-from shallowdeep.studies.evidence import (
+from shallowdeep.studies.paper.evidence import (
     Figures,
     counted_as,
     evidence,
@@ -27,8 +27,8 @@ from shallowdeep.studies.evidence import (
     summary,
     untested,
 )
-from shallowdeep.studies.layout import label, signed
-from shallowdeep.studies.published import BACKDOOR, DESTRUCTIVE, GAIN, WASTEFUL, published_gain
+from shallowdeep.studies.paper.layout import label, signed
+from shallowdeep.studies.paper.published import BACKDOOR, DESTRUCTIVE, GAIN, WASTEFUL, published_gain
 from shallowdeep.studies.results import BackdoorResult, CellResult
 from shallowdeep.studies.tasks import title_of
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
-from shallowdeep.studies.layout import percent, signed, title_of_network
+from shallowdeep.studies.paper.layout import percent, signed, title_of_network
 from shallowdeep.studies.results import CellResult
 from shallowdeep.studies.tasks import title_of
 
