@@ -350,7 +350,7 @@ def paper(
 ) -> None:
     """The paper's table: four networks, three data sets, four strategies, resumed where it was left."""
     from shallowdeep.studies.cells import Place
-    from shallowdeep.studies.estimates import list_cells
+    from shallowdeep.studies.listing import list_besides, list_cells
     from shallowdeep.studies.paper.matrix import Matrix
     from shallowdeep.studies.paper.page import write_page
     from shallowdeep.studies.selection import select
@@ -366,7 +366,8 @@ def paper(
     )  # fmt: skip
     chosen, place = select(matrix.cells(), only or []), Place(runs, results, data_dir, device, compile)
     if list_:
-        show(f"{len(chosen)} cells", list_cells(chosen, place))
+        rows = list_cells(chosen, place) + list_besides(chosen, place, only or [])
+        show(f"{len(rows)} cells, {sum(row['state'] == 'done' for row in rows)} done", rows)
     if list_ or table:
         return
     found = run_cells(chosen, place, jobs=jobs, say=typer.echo)

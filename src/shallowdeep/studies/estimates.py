@@ -6,7 +6,6 @@ import functools
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -16,7 +15,7 @@ from shallowdeep.networks.attach import total_flops
 from shallowdeep.networks.zoo import NETWORKS, load_network
 from shallowdeep.runs.run import Run
 from shallowdeep.storage import read_json
-from shallowdeep.studies.cells import Cell, Place, State, state_of
+from shallowdeep.studies.cells import Cell, Place
 from shallowdeep.studies.measurement import read_history, seconds_of
 from shallowdeep.studies.tasks import TASKS
 
@@ -97,30 +96,3 @@ def measure_rates(cells: Sequence[Cell], place: Place) -> Rates:
             done = flops * len(history) / cell.epochs, seconds_of(history)
             work.setdefault((cell.config.data, cell.config.network), []).append(done)
     return Rates({key: sum(f for f, _ in parts) / sum(s for _, s in parts) for key, parts in work.items()})
-
-
-def list_cells(cells: Sequence[Cell], place: Place) -> list[dict[str, Any]]:
-    """A row per cell: its state, the epochs done, what training it still costs and why it waits.
-
-    The cost is for complete data; hours rest on trainings that lie in the place, and are ``None`` before any. An ``≈``
-    stands before those that rest on other networks' trainings.
-    """
-    rates = measure_rates(cells, place)
-    rows = [_listed(cell, state_of(cell, place), rates) for cell in cells]
-    return rows if any(row["note"] for row in rows) else [{k: v for k, v in row.items() if k != "note"} for row in rows]
-
-
-def _listed(cell: Cell, state: State, rates: Rates) -> dict[str, Any]:
-    flops, rate = training_flops(cell), rates.of(cell)
-    done = 1.0 if state.word == "done" else min(state.epochs / cell.epochs, 1.0)
-    left = None if flops is None else flops * (1 - done)
-    about = "" if rates.know(cell.config.network) else "≈ "
-    waits = cell.init is not None and state.word == "blocked"
-    return {
-        "cell": cell.name,
-        "state": state.word,
-        "epochs": f"{state.epochs}/{cell.epochs}",
-        "PFLOP left": None if left is None else f"{left / 1e15:.3g}",
-        "hours left": None if left is None or rate is None else f"{about}{left / rate / 3600:.2f}",
-        "note": f"after {cell.init.name.rpartition('/')[2]}" if waits and cell.init is not None else state.note,
-    }
