@@ -47,7 +47,7 @@ def build_step(name: str, setting: dict[str, Any], device: str, keeping: ExitSta
         images = images.to(memory_format=torch.channels_last)
     phase = named_strategy("joint", sdn, "fast")[0]
     if setting["precision"] == "bf16":
-        keeping.enter_context(quick_in_bf16(sdn, phase, torch.device(device), "bf16-mixed"))
+        keeping.enter_context(quick_in_bf16(sdn, phase, torch.device(device), "bf16"))
     optimizer = phase.recipe.build_optimizer(list(sdn.parameters()))
     keeping.enter_context(sdn.tapped())
     model = torch.compile(sdn) if setting["compiled"] else sdn

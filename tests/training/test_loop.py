@@ -26,7 +26,7 @@ from shallowdeep.training.strategies import STRATEGIES, Phase, named_strategy
 
 RECIPE = Recipe(epochs=3, batch_size=64, lr=0.05, schedule="one_cycle", clip_norm=5.0)
 STEPS = 4  # batches of an epoch of `little`
-KEYS = {"phase", "trains", "epoch", "loss", "lr", "train_accuracy", "seconds", "val_accuracy"}
+KEYS = {"phase", "trains", "precision", "epoch", "loss", "lr", "train_accuracy", "seconds", "val_accuracy"}
 
 
 @pytest.fixture(scope="session")
@@ -460,6 +460,23 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(strategy, phase, epo
     assert same(state(resumed), state(whole))
     assert timeless(history) == timeless(expected)
     assert read_history(tmp_path) == history
+
+
+@pytest.mark.parametrize("in_bf16", [False, True])
+def test_a_run_goes_on_in_the_precision_it_was_begun_in(in_bf16, build, little, tmp_path, monkeypatch):
+    recipe = RECIPE.model_copy(update={"precision": "auto"})
+    monkeypatch.setattr("shallowdeep.training.place.computes_in_bf16", lambda device: in_bf16)
+    whole = build()
+    expected = train(whole, little, recipe=recipe)
+    assert {record["precision"] for record in expected} == {"bf16" if in_bf16 else "fp32"}
+
+    broken = build()
+    with pytest.raises(Killed):
+        train(broken, little, watch(named_strategy("joint", broken, recipe), 0, kill_at(STEPS)), folder=tmp_path)
+    monkeypatch.setattr("shallowdeep.training.place.computes_in_bf16", lambda device: not in_bf16)
+    resumed = build()
+    assert timeless(train(resumed, little, recipe=recipe, folder=tmp_path, resume=True)) == timeless(expected)
+    assert same(state(resumed), state(whole))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])

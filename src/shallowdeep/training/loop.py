@@ -61,7 +61,8 @@ def fit(
 
     Every epoch draws its order, crops, flips and dropout from ``seed`` and its own number, so that a run
     resumed from an epoch's checkpoint ends at the same weights, on a CPU bit for bit at the same number
-    of threads. The process's own random state is left as it was.
+    of threads. Where a recipe leaves the precision to the device, a run keeps the one it was begun in, wherever it is
+    gone on with. The process's own random state is left as it was.
 
     Args:
         sdn: trained in place, and left on the device it was trained on, in evaluation mode; what was frozen
@@ -88,8 +89,9 @@ def fit(
         progress: draw a bar on the terminal.
 
     Returns:
-        One record per epoch: ``phase`` (from 0), ``trains``, ``epoch`` (from 1), ``loss``, ``lr`` at its
-        start, ``train_accuracy`` per exit, ``seconds`` of training, and, in epochs that look at the
+        One record per epoch: ``phase`` (from 0), ``trains``, ``precision`` (``"fp32"``, ``"bf16"``: that of the
+        arithmetic), ``epoch`` (from 1), ``loss``, ``lr`` at its start, ``train_accuracy`` per exit, ``seconds`` of
+        training, and, in epochs that look at the
         validation split, ``val_accuracy`` per exit. A phase that trains the backbone has one exit. Without
         labels it is ``train_agreement`` and ``val_agreement``: with the last exit's answer. Where features were
         recorded first, an epoch's record has ``features_seconds``.
@@ -180,11 +182,12 @@ class _Run:
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def train_phase(self, number: int, phase: Phase, *, resume: bool) -> None:
+        phase = self._in_its_precision(phase)
         recipe = phase.recipe
         fabric = self.place.fabric(phase)
         self.sdn.to(device=fabric.device)
         with laid_out_for(self.sdn, recipe), frozen_for(self.sdn, phase), ExitStack() as keeping:
-            keeping.enter_context(quick_in_bf16(self.sdn, phase, fabric.device, self.place.precision(recipe)))
+            keeping.enter_context(quick_in_bf16(self.sdn, phase, fabric.device, recipe.precision))
             optimizer = recipe.build_optimizer(trained_by(self.sdn, phase))
             first = self.checkpoint.load(self.sdn, optimizer, number) if resume else 0
             if first >= recipe.epochs:
@@ -202,6 +205,13 @@ class _Run:
                     if is_first():
                         self.checkpoint.save(self.sdn, optimizer, number, epoch + 1, self.history)
                     fabric.barrier()  # nobody reads, or ends, before it is written
+
+    def _in_its_precision(self, phase: Phase) -> Phase:
+        """The phase in the precision that the run was begun in, or has here where it begins."""
+        begun = next((record["precision"] for record in self.history if "precision" in record), None)
+        kept = begun if phase.recipe.precision == "auto" else None
+        precision = kept or self.place.precision(phase.recipe)
+        return replace(phase, recipe=phase.recipe.model_copy(update={"precision": precision}))
 
     @contextmanager
     def _set_up(
@@ -223,7 +233,7 @@ class _Run:
                 folder,
                 seed=_epoch_seed(self.seed, number, 0),
                 channels_last=phase.recipe.channels_last,
-                settings={"precision": self.place.precision(phase.recipe)},
+                settings={"precision": phase.recipe.precision},
                 progress=self.progress,
             )
             self.sdn.eval()
@@ -243,7 +253,8 @@ class _Run:
     def _epoch(self, epochs: Epochs, number: int, epoch: int, line: Bar, odd: list[str]) -> dict[str, Any]:
         started = time.perf_counter()
         record = epochs.train(epoch, _epoch_seed(self.seed, number, epoch), line)
-        record = {"trains": epochs.phase.trains, **record, "seconds": time.perf_counter() - started}
+        told = {"trains": epochs.phase.trains, "precision": epochs.phase.recipe.precision}
+        record = {**told, **record, "seconds": time.perf_counter() - started}
         spoilt = [name for name in not_finite(self.sdn) if name not in odd]
         if spoilt:  # the last step can spoil weights that no loss has seen yet
             raise diverged(f"'{spoilt[0]}' is no longer finite", epoch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -14,6 +14,9 @@ from shallowdeep.training.strategies import Phase
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+Precision = Literal["fp32", "bf16"]
+IN_FABRIC: dict[Precision, Literal["32-true", "bf16-mixed"]] = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Place:
             self.device,
             devices=self.devices,
             num_nodes=self.num_nodes,
-            precision=self.precision(recipe),
+            precision=IN_FABRIC[self.precision(recipe)],
             all_used=phase.trains == "exits",
         )
         if recipe.batch_size % fabric.world_size:
@@ -45,10 +48,11 @@ class Place:
             )
         return fabric
 
-    def precision(self, recipe: Recipe) -> Any:
-        """The precision a recipe has here, as Fabric names it."""
-        wanted = recipe.precision == "bf16" or (recipe.precision == "auto" and computes_in_bf16(self.device))
-        return "bf16-mixed" if wanted else "32-true"
+    def precision(self, recipe: Recipe) -> Precision:
+        """The precision a recipe has here."""
+        if recipe.precision == "auto":
+            return "bf16" if computes_in_bf16(self.device) else "fp32"
+        return recipe.precision
 
 
 def computes_in_bf16(device: str) -> bool:

@@ -58,7 +58,7 @@ def quick_in_bf16(sdn: ShallowDeepNetwork, phase: Phase, device: torch.device, p
     For the gradient of such a convolution's inputs oneDNN falls back on a kernel that takes 80 to 140 ms in bf16 and 2
     to 19 ms in float32 (those of MobileNet, batches of 128, one thread). Others are quicker in bf16 and stay so.
     """
-    wanted = device.type == "cpu" and precision == "bf16-mixed" and phase.trains != "exits"
+    wanted = device.type == "cpu" and precision == "bf16" and phase.trains != "exits"
     slow = [one for one in sdn.modules() if wanted and isinstance(one, nn.Conv2d) and _strided_depthwise(one)]
     before = [vars(one).get("forward") for one in slow]
     for one in slow:
