@@ -366,8 +366,10 @@ def paper(
     )  # fmt: skip
     chosen, place = select(matrix.cells(), only or []), Place(runs, results, data_dir, device, compile)
     if list_:
-        rows = list_cells(chosen, place) + list_besides(chosen, place, only or [])
+        rows, besides = list_cells(chosen, place), list_besides(chosen, place, only or [])
         show(f"{len(rows)} cells, {sum(row['state'] == 'done' for row in rows)} done", rows)
+        if besides:
+            show(f"{len(besides)} results of other lengths, recipes or seeds", besides)
     if list_ or table:
         return
     found = run_cells(chosen, place, jobs=jobs, say=typer.echo)

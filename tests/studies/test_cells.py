@@ -147,7 +147,7 @@ def test_blocked_until_its_network_is_there(cells, place, finished, tmp_path):
     # A committed result without the weights is no network to start from.
     shutil.copytree(finished.results, place.results)
     place.result_of(ic_only).unlink()
-    assert "It has a result and no weights" in state_of(ic_only, place).note
+    assert "which has a result and no weights" in state_of(ic_only, place).note
 
 
 def test_no_cell_starts_from_one_of_another_configuration(finished, cells, tmp_path):

@@ -35,7 +35,8 @@ def test_hours_left_from_the_epochs_done(place):
     vgg16, mobilenet = cells[0], cells[4]
     begin(vgg16, place, [3600.0] * 10)
     begin(mobilenet, place, [1.0], accelerator="another machine's")
-    rates = measure_rates(cells, place)
+    begin(Matrix(data=["cifar10"], networks=["vgg16"], epochs=20).cells()[2], place, [3600.0] * 4 + [90_000.0])
+    rates = measure_rates(place)  # of runs of another length as well; an epoch that was stopped in its middle is none
     assert rates.measured == {("cifar10", "vgg16"): pytest.approx(training_flops(vgg16) / 30 / 3600)}
     rows = {row["cell"]: row for row in list_cells(cells, place)}
     assert rows[vgg16.name] == {
@@ -49,6 +50,18 @@ def test_hours_left_from_the_epochs_done(place):
     assert rows["cifar10/vgg16/joint-fast-seed0"]["hours left"] == "30.00"
     assert rows["cifar10/vgg16/mixed-fast-seed0"]["state"] == "blocked"
     assert rows["cifar10/vgg16/mixed-fast-seed0"]["note"] == "after plain-fast-seed0"
+
+
+def test_why_a_cell_waits_for_one_that_is_done(finished, cells, tmp_path):
+    place = Place(tmp_path / "runs", finished.results)
+    notes = {row["cell"]: row["note"] for row in list_cells(cells, place)}
+    assert notes[cells[0].name] == notes[cells[1].name] == ""
+    shutil.copytree(finished.results, tmp_path / "results")
+    place = Place(tmp_path / "runs", tmp_path / "results")
+    place.result_of(cells[3]).unlink()
+    [row] = list_cells([cells[3]], place)
+    assert row["state"] == "blocked"
+    assert "plain-fast-1epochs-seed0, which has a result and no weights in" in row["note"]
 
 
 def test_nothing_is_measured_yet(place):

@@ -628,6 +628,15 @@ def test_a_foreign_file_of_tensors(value, build, little, tmp_path):
         train(build(), little, epochs=1, folder=tmp_path, resume=True)
 
 
+def test_a_precision_that_is_none(build, little, tmp_path):
+    train(build(), little, epochs=1, folder=tmp_path)
+    kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    history = [{**record, "precision": ["fp8"]} for record in json.loads(kept["history"])]
+    torch.save({**kept, "history": json.dumps(history)}, tmp_path / "checkpoint.pt")
+    with pytest.raises(FileFormatError, match=r"checkpoint.pt is damaged .*names a precision \['fp8'\]"):
+        train(build(), little, epochs=1, folder=tmp_path, resume=True)
+
+
 # When writing fails
 
 

@@ -197,7 +197,7 @@ def _unfinished(cell: Cell, place: Place, epochs: int) -> State:
         return misfit
     init = cell.init
     if init is not None and not (folder / "sdn.safetensors").exists() and not is_usable(init, place):
-        why = f"{cell.name} starts from {init.name}, which is not done. {_hint(init, place)}"
+        why = f"{cell.name} starts from {init.name}, {_hint(init, place)}"
         return State("blocked", epochs, why)
     return State("begun" if _is_begun(folder) else "missing", epochs)
 
@@ -227,13 +227,13 @@ def _misfit(cell: Cell, place: Place, epochs: int) -> State | None:
 
 
 def _hint(init: Cell, place: Place) -> str:
-    """What to do for a cell that others wait for."""
+    """Why others cannot start from a cell, and what to do."""
     if place.result_of(init).exists():
         for state in (_finished(init, place), _misfit(init, place, 0)):
             if state is not None and state.word != "done":
-                return state.note
-        return f"It has a result and no weights in {place.runs}; give another --results to train it again there."
-    return f"Run that first: shallowdeep {' '.join(init.command)}"
+                return f"which is no use here: {state.note}"
+        return f"which has a result and no weights in {place.runs}. Give another --results to train it again there."
+    return f"which is not done. Run that first: shallowdeep {' '.join(init.command)}"
 
 
 def is_usable(cell: Cell, place: Place) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from shallowdeep.networks.zoo import NETWORKS, load_network
 from shallowdeep.runs.run import Run
 from shallowdeep.storage import read_json
 from shallowdeep.studies.cells import Cell, Place
-from shallowdeep.studies.measurement import read_history, seconds_of
+from shallowdeep.studies.measurement import median_epoch, read_history
 from shallowdeep.studies.tasks import TASKS
 
 
@@ -78,21 +78,21 @@ class Rates:
         return any(network == other for _, other in self.measured)
 
 
-def measure_rates(cells: Sequence[Cell], place: Place) -> Rates:
-    """From the histories of the runs that are there; exits trained alone are left out, they cost other things."""
+def measure_rates(place: Place) -> Rates:
+    """From the histories of all runs that lie in a place; exits trained alone are left out, they cost other things."""
     here = torch.cuda.get_device_name() if place.device != "cpu" and torch.cuda.is_available() else None
     work: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for cell in cells:
-        flops = training_flops(cell) if cell.config.strategy in ("plain", "joint", "mixed") else None
-        folder = place.run_of(cell)
-        if flops is None or not (folder / "history.jsonl").exists():
-            continue
+    for path in sorted(place.runs.rglob("history.jsonl")):
         try:
-            history = read_history(Run.open(folder))
-            elsewhere = read_json(folder / "environment.json")["accelerator"] != here
+            run = Run.open(path.parent)
+            history = read_history(run)
+            elsewhere = read_json(path.parent / "environment.json")["accelerator"] != here
         except (FileFormatError, KeyError, TypeError):
             continue  # the cell's own state says that it is damaged
-        if not elsewhere:
-            done = flops * len(history) / cell.epochs, seconds_of(history)
-            work.setdefault((cell.config.data, cell.config.network), []).append(done)
+        config = run.config
+        cell = Cell(name=str(path.parent), strategy=config.strategy, config=config, command=())
+        flops = None if elsewhere or config.strategy in ("ic_only", "distil") else training_flops(cell)
+        if flops is not None:
+            done = flops * len(history) / cell.epochs, median_epoch(history) * len(history)
+            work.setdefault((config.data, config.network), []).append(done)
     return Rates({key: sum(f for f, _ in parts) / sum(s for _, s in parts) for key, parts in work.items()})

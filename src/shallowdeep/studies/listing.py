@@ -20,8 +20,8 @@ def list_cells(cells: Sequence[Cell], place: Place) -> list[dict[str, Any]]:
     The cost is for complete data; hours rest on trainings that lie in the place, and are ``None`` before any. An ``≈``
     stands before those that rest on other networks' trainings.
     """
-    rates = measure_rates(cells, place)
-    return [_listed(cell, state_of(cell, place), rates) for cell in cells]
+    rates = measure_rates(place)
+    return [_listed(cell, state_of(cell, place), rates, place) for cell in cells]
 
 
 def list_besides(cells: Sequence[Cell], place: Place, patterns: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -54,15 +54,20 @@ def _beside(name: str, path: Path) -> dict[str, Any]:
     return _row(name, "done", f"{found.epochs}/{found.epochs}", 0.0, "0.00", f"asked for by {shlex.join(asked)}")
 
 
-def _listed(cell: Cell, state: State, rates: Rates) -> dict[str, Any]:
+def _listed(cell: Cell, state: State, rates: Rates, place: Place) -> dict[str, Any]:
     flops, rate = training_flops(cell), rates.of(cell)
     done = 1.0 if state.word == "done" else min(state.epochs / cell.epochs, 1.0)
     left = None if flops is None else flops * (1 - done)
     about = "" if rates.know(cell.config.network) else "≈ "
-    waits = cell.init is not None and state.word == "blocked"
     hours = "0.00" if left == 0 else None if left is None or rate is None else f"{about}{left / rate / 3600:.2f}"
-    note = f"after {cell.init.name.rpartition('/')[2]}" if waits and cell.init is not None else state.note
-    return _row(cell.name, state.word, f"{state.epochs}/{cell.epochs}", left, hours, note)
+    return _row(cell.name, state.word, f"{state.epochs}/{cell.epochs}", left, hours, _note(cell, state, place))
+
+
+def _note(cell: Cell, state: State, place: Place) -> str:
+    """Why a cell waits; one that waits for a cell that is yet to end needs few words."""
+    if state.word != "blocked" or cell.init is None or place.result_of(cell.init).exists():
+        return state.note
+    return f"after {cell.init.name.rpartition('/')[2]}"
 
 
 def _row(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -67,6 +68,8 @@ def measure(
         notes=notes,
         epochs=len(history),
         seconds=seconds_of(history),
+        epoch_seconds=median_epoch(history),
+        precisions=tuple(dict.fromkeys(record["precision"] for record in history if "precision" in record)),
         provenance=_provenance(run, command),
     )
 
@@ -93,6 +96,11 @@ def read_history(run: Run) -> list[dict[str, Any]]:
 def seconds_of(history: Sequence[Mapping[str, Any]]) -> float:
     """That all epochs took, and the recording of features for them."""
     return sum(float(record["seconds"]) + float(record.get("features_seconds", 0.0)) for record in history)
+
+
+def median_epoch(history: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds of an epoch: those of one that was stopped in its middle say nothing of the others."""
+    return statistics.median(float(record["seconds"]) for record in history)
 
 
 def _budgets(val: Trace | None, test: Trace, budgets: Sequence[float | None]) -> Budgets | None:

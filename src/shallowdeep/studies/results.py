@@ -100,7 +100,9 @@ class CellResult(BaseModel):
         confusion: ``None``: not measured, ``notes`` say why.
         notes: what could not be measured.
         epochs: trained, those of the cell it starts from not counted.
-        seconds: that they took, validation not counted.
+        seconds: that they took on the clock, validation not counted, minutes when the training was stopped counted.
+        epoch_seconds: of an epoch, in the median; ``None``: not kept.
+        precisions: of the arithmetic of training, in the order in which they were used; empty: not kept.
         provenance: what the figures rest on.
     """
 
@@ -123,6 +125,8 @@ class CellResult(BaseModel):
     notes: tuple[str, ...] = ()
     epochs: int = Field(gt=0)
     seconds: float = Field(ge=0)
+    epoch_seconds: float | None = Field(default=None, ge=0)
+    precisions: tuple[str, ...] = ()
     provenance: Provenance
 
     @property

@@ -131,6 +131,9 @@ def _checked_history(state: Mapping[str, Any]) -> list[dict[str, Any]]:
     history = parse_json(state["history"])
     if not isinstance(history, list) or not all(isinstance(record, dict) for record in history):
         raise TypeError("its history is no list of records")
+    for precision in (record["precision"] for record in history if "precision" in record):
+        if precision not in ("fp32", "bf16"):
+            raise ValueError(f"its history names a precision {shown(precision)}")
     done = [record.get("phase") for record in history]
     if not done or done[-1] != state["phase"] or done.count(state["phase"]) != state["epochs"]:
         raise ValueError(f"its history ends before epoch {state['epochs']} of phase {state['phase']}, or after it")
