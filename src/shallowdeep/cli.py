@@ -358,6 +358,9 @@ def paper(
 
     if backdoor and not table:
         raise ConfigError(f"--backdoor {backdoor[0]} is for the page. Write it: shallowdeep study paper --table")
+    if table and not list_:
+        given = {"--only": only, "--data": data, "--network": network, "--recipe": recipe, "--epochs": epochs}
+        refuse(given, "for cells to run or to list; --table writes all that lies under --results")
     if table:
         typer.echo(f"{write_page(results, out, backdoor or [])} cells are in {out}")
     matrix = Matrix(

@@ -146,6 +146,16 @@ class CellResult(BaseModel):
         return self.config.recipe.build("backbone", self.config.network).epochs
 
     @property
+    def training_seconds(self) -> float:
+        """Of the median epoch, times the epochs: without pauses. Where epochs were not kept, all the seconds.
+
+        Recording features, where the exits were trained on such, is counted as it was.
+        """
+        if self.epoch_seconds is None or self.config.features.passes:
+            return self.seconds
+        return self.epoch_seconds * self.epochs
+
+    @property
     def label_smoothing(self) -> float:
         """Of the recipe that trained it; it changes every confidence."""
         trains: Trains = "exits" if self.config.strategy == "ic_only" else "all"
@@ -220,34 +230,29 @@ def find_backdoors(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 class BackdoorResult(BaseModel):
-    """What a backdoor did to a network, and the data set that it was done on."""
+    """What a backdoor did to a network, and the configuration of the run that its exits come from."""
 
     model_config = _FROZEN
 
-    data: str
+    config: RunConfig
     effect: BackdoorEffect
 
 
-class _Data(BaseModel):
-    data: str
-
-
 class _Configured(BaseModel):
-    """A file that says of its run's configuration, among other things, what data it had."""
+    """A file that says, among other things, how its run was configured."""
 
-    config: _Data
+    config: RunConfig
 
 
 def read_backdoor(path: str | os.PathLike[str]) -> BackdoorResult:
     """Read a run's ``results/backdoor.json``.
 
     Raises:
-        FileFormatError: the file is missing or damaged, or does not say what data it is of.
+        FileFormatError: the file is missing or damaged, or does not say what run it is of.
     """
     values = read_json(path)
     try:
-        data = read_as(_Configured, values).config.data
-        return BackdoorResult(data=data, effect=read_as(BackdoorEffect, values))
+        return BackdoorResult(config=read_as(_Configured, values).config, effect=read_as(BackdoorEffect, values))
     except TypeError as error:
         raise FileFormatError(
             f"{path} is no result of a backdoor study ({error}). Give the results/backdoor.json that "

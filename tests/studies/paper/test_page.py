@@ -45,6 +45,7 @@ def test_the_papers_layout(results):
     page = page_of(results)
     assert row_of(page, "## CIFAR-100", "VGG-16") == [
         "VGG-16",
+        "fast",
         "2/1/2",
         "71.00 ± 1.41",
         "none · 51.00 ± 1.41 <sub>25.0</sub>",
@@ -52,9 +53,10 @@ def test_the_papers_layout(results):
         "**70.00** <sub>74.0</sub> · 70.50 ± 0.71 <sub>74.5</sub>",  # the seed's own network decides what is bold
         "**72.00** <sub>90.0</sub> · **72.00 ± 0.00** <sub>90.0</sub>",
     ]
-    assert row_of(page, "## CIFAR-100", "ResNet-56")[3:5] == ["– · none", "– · **68.00** <sub>51.0</sub>"]
-    assert row_of(page, "## CIFAR-100", "MobileNet")[1:] == ["–", "–", "– · –", "– · –", "– · –", "– · –"]
-    assert row_of(page, "Mixed training", "VGG-16")[3:5] == ["none", "68.00 <sub>51.0</sub>"]
+    assert row_of(page, "## CIFAR-100", "ResNet-56")[4:6] == ["– · none", "– · **68.00** <sub>51.0</sub>"]
+    assert "| MobileNet |" not in page[page.index("## CIFAR-100") : page.index("## The claims")]
+    assert "\nNot run yet: WideResNet-32-4, MobileNet.\n" in page
+    assert row_of(page, "Mixed training", "VGG-16")[4:6] == ["none", "68.00 <sub>51.0</sub>"]
     assert "Not run yet: CIFAR-10, Tiny ImageNet." in page
     assert "Seeds 0, 1; 10,000 test images." in page
 
@@ -69,7 +71,8 @@ def test_every_section_has_its_figures(results):
         ("## Confusion", "CIFAR-100 | fast | ResNet-56 | joint", "0.700 / 0.800 / 0.800"),
         ("## Confusion", "CIFAR-100 | fast | ResNet-56 | joint", "−0.30 / +0.70"),
         ("## Published", "CIFAR-100 | VGG-16 | published", "74.4 (+3.50)"),
-        ("## Published", "CIFAR-100 | VGG-16 | ours, fast", "72.00 ± 0.00 / 73.00 ± 0.00 (+1.00)"),
+        ("## Published", "CIFAR-100 | VGG-16 | ours, fast", "72.00 ± 0.00 (+1.00) / 73.00 ± 0.00 (+2.00)"),
+        ("## Published", "CIFAR-100 | VGG-16 | ours, fast", "2/1/2"),
         ("## How it was run", "CIFAR-100 | fast | VGG-16", "10.0 (30)"),
     ):
         assert words[2] in row_of(page, *words[:2]), words
@@ -89,7 +92,7 @@ def test_label_smoothing_shows_in_no_confusion(make_result):
 
 def test_incomplete_data_is_marked(make_result):
     page = page_of([make_result(data="tinyimagenet", n_train=13_500, n_val=1_500)])
-    assert "**Not comparable with published figures:** 15,000 training images of 100,000." in page
+    assert "**Not comparable with published figures:** fast (15,000 training images of 100,000)." in page
     assert "ours, fast" not in page
     assert "No run so far tests any." in page
     assert "- 15,000 training images of 100,000: tinyimagenet/vgg16/plain-fast-seed0" in page
@@ -102,7 +105,7 @@ def test_lengths_and_what_is_left_out_stand_by_the_claims(make_result):
     assert "networks trained for 25 epochs (fast, 1 run), 30 epochs (fast, 1 run);" in claims
     assert "- 1 epoch, fewer than 20: cifar100/vgg16/plain-fast-1epochs-seed0" in claims
     assert "- no data set of the paper; 1 epoch, fewer than 20: digits/vgg16/plain-fast-1epochs-seed0" in claims
-    assert "**Not comparable with published figures:** 1 epoch, fewer than 20." in page
+    assert "**Not comparable with published figures:** fast, 1 epoch (1 epoch, fewer than 20)." in page
     assert "ours, fast, 25 epochs" in page
     assert "ours, fast, 1 epoch" not in page
 
@@ -115,8 +118,28 @@ def test_cross_fitted_thresholds_are_named(make_result):
 
 def test_lengths_stand_apart(make_result):
     page = page_of([make_result(), make_result(epochs=25, accuracy=0.6)])
-    assert "### Recipe fast\n" in page
-    assert row_of(page, "### Recipe fast, 25 epochs", "VGG-16")[2] == "60.00"
+    assert row_of(page, "## CIFAR-100", "VGG-16 | fast")[3] == "70.00"
+    assert row_of(page, "## CIFAR-100", "VGG-16 | fast, 25 epochs")[3] == "60.00"
+
+
+def test_a_budget_that_some_seeds_do_not_meet_says_so(make_result):
+    def of(seed, row):
+        return make_result("joint", seed=seed, within={0.5: row, 0.75: (0.7, 0.7), None: (0.7, 0.9)})
+
+    page = page_of([make_result(), of(0, (0.6, 0.5)), of(1, None)])
+    assert row_of(page, "## CIFAR-100", "VGG-16")[5] == "– · none in 1 of 2"
+    assert (
+        row_of(page, "beside thresholds", "CIFAR-100 | fast | VGG-16 | joint")[5] == "none in 1 of 2 / none in 1 of 2"
+    )
+    assert row_of(page, "## Figures to beat", "CIFAR-100 | VGG-16")[5] == "none in 1 of 2"
+
+
+def test_precision_and_times_without_pauses(make_result):
+    run = make_result().model_copy(update={"precisions": ("bf16",), "epoch_seconds": 12.0, "seconds": 5000.0})
+    exits = make_result("ic_only").model_copy(update={"epoch_seconds": 1.0})
+    page = page_of([run, exits])
+    assert row_of(page, "## How it was run", "CIFAR-100 | fast | VGG-16")[3:6] == ["bf16", "6.0 (30)", "10.0 (10)"]
+    assert "1 thread; PyTorch 2.13.0, Python 3.11.7, in bf16: 1 cell, 0.1 hours" in page
 
 
 def written(results, folder):
@@ -144,7 +167,11 @@ def test_prose_and_tables_are_well_formed(results):
 
 def attacked(accuracy, with_policy, data="cifar10"):
     """What ``shallowdeep analyze`` writes of an attacked run."""
-    return {**asdict(effect(accuracy, with_policy)), "config": {"data": data, "seed": 1}}
+    return {**asdict(effect(accuracy, with_policy)), "config": config_of(data)}
+
+
+def config_of(data):
+    return {"data": data, "network": "vgg16", "strategy": "ic_only", "seed": 1, "backdoor": {"target": "dog"}}
 
 
 def test_by_the_command_line_with_backdoors(results, shell, tmp_path):
@@ -155,7 +182,8 @@ def test_by_the_command_line_with_backdoors(results, shell, tmp_path):
     assert code == 0, errors
     assert out == f"8 cells are in {tmp_path / 'page.md'}\n"
     page = " ".join((tmp_path / "page.md").read_text().split())
-    assert "From 12.0 to 85.0 % (n = 1 run," in page
+    assert "From 12.0 to 85.0 % on triggered samples" in page
+    assert "n = 1 run of VGG-16, 9,000 triggered images" in page
     assert "by `--backdoor`" not in page
     # One from elsewhere counts as well, and the page says that its command alone would leave that out.
     write_json(tmp_path / "backdoor.json", attacked(0.22, 0.75))
@@ -163,8 +191,18 @@ def test_by_the_command_line_with_backdoors(results, shell, tmp_path):
     code, _, errors = shell(*words, *more)
     assert code == 0, errors
     page = " ".join((tmp_path / "page.md").read_text().split())
-    assert "From 17.0 to 80.0 % (n = 2 runs," in page
+    assert "From 17.0 to 80.0 % on triggered samples" in page
     assert "1 attacked run was given by `--backdoor`" in page
+
+
+def test_the_page_is_of_all_results(results, shell, tmp_path):
+    folder = written(results, tmp_path / "results")
+    code, _, errors = shell(
+        "study", "paper", "--table", "--epochs", "20", "--results", folder, "--out", tmp_path / "page.md"
+    )
+    assert code == 2
+    assert "--epochs is for cells to run or to list; --table writes all that lies under --results" in errors
+    assert not (tmp_path / "page.md").exists()
 
 
 def test_a_backdoor_among_the_cells_is_told_its_place(results, tmp_path):
@@ -188,7 +226,12 @@ def test_damaged_results_make_no_page(results, tmp_path):
 
 def test_a_backdoor_that_is_none(results, tmp_path):
     folder = written(results, tmp_path / "results")
-    for said in ({}, {"config": {"data": "cifar10"}}, asdict(effect(0.12, 0.85))):
+    for said in (
+        {},
+        {"config": config_of("cifar10")},
+        {**asdict(effect(0.12, 0.85)), "config": 5},
+        asdict(effect(0.12, 0.85)),
+    ):
         (tmp_path / "backdoor.json").write_text(json.dumps(said))
         with pytest.raises(FileFormatError, match=r"backdoor.json is no result of a backdoor study \("):
             write_page(folder, tmp_path / "page.md", [tmp_path / "backdoor.json"])
@@ -196,7 +239,7 @@ def test_a_backdoor_that_is_none(results, tmp_path):
 
 def test_the_data_of_a_backdoor_is_read(results, tmp_path):
     folder = written(results, tmp_path / "results")
-    write_json(tmp_path / "backdoor.json", {**asdict(effect(0.12, 0.85)), "config": {"data": "digits"}})
+    write_json(tmp_path / "backdoor.json", {**asdict(effect(0.12, 0.85)), "config": config_of("digits")})
     write_page(folder, tmp_path / "page.md", [tmp_path / "backdoor.json"])
     assert "not CIFAR-10 but digits (1 run)" in " ".join((tmp_path / "page.md").read_text().split())
 

@@ -1,24 +1,23 @@
 """The paper's claims, one verdict each, from results alone.
 
-A claim is *held* where the mean over all runs that test it says so, *beaten* where more than was claimed was found, and
-each function says what that means for its claim. Runs on incomplete data, on data sets that the paper does not have, or
-too short to tell test nothing. A plain network is compared with the strategies that share its data, recipe, length and
-seed.
+Each verdict says by what rule it was found. Runs on incomplete data, of data sets or networks that the paper does not
+have, or too short to tell test nothing. A plain network is compared with the strategies that share its data, recipe,
+length and seed.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from shallowdeep.analysis.backdoor import BackdoorEffect
 from shallowdeep.studies.paper.evidence import (
+    HALF_A_POINT,
     Figures,
     counted_as,
+    direction,
     evidence,
     in_per_cent,
     in_points,
@@ -27,20 +26,20 @@ from shallowdeep.studies.paper.evidence import (
     summary,
     untested,
 )
-from shallowdeep.studies.paper.layout import label, signed
-from shallowdeep.studies.paper.published import BACKDOOR, DESTRUCTIVE, GAIN, WASTEFUL, published_gain
-from shallowdeep.studies.results import BackdoorResult, CellResult
+from shallowdeep.studies.paper.layout import label, signed, title_of_network
+from shallowdeep.studies.paper.matrix import NETWORKS
+from shallowdeep.studies.paper.published import DESTRUCTIVE, GAIN, TABLE_3, WASTEFUL, published_gain
+from shallowdeep.studies.paper.savings import pairs, saved, without_smoothing
+from shallowdeep.studies.results import CellResult
 from shallowdeep.studies.tasks import title_of
 
-HALF_A_POINT = 0.005
-"""Accuracies nearer than this count as equal: about one standard error of a share of 10,000 images."""
 NEAR = 0.05
 """Distance within which a published share counts as met, and by which a saving beats what was claimed of it."""
-ATTACKED = 0.5
-"""Attack success at the last exit from which a backdoor is one: the published network, right on 12 % of the triggered
-samples, answers most of the others with the target."""
+PUBLISHED = ("ic_only", "joint")
+"""The paper's ways of training exits; mixed training is not among them."""
+STANDS_OUT = "stands out from zero (by two standard errors over the runs; of fewer than three, by half a point)"
 
-Word = Literal["held", "beaten", "not held", "not tested yet"]
+Word = Literal["held", "beaten", "not held", "undecided", "not tested yet"]
 
 
 @dataclass(frozen=True)
@@ -51,17 +50,19 @@ class Verdict:
         claim: what was published, a sentence.
         word: the verdict.
         found: what was found here, with the number of runs and images and the spread; or what a test needs.
+        rule: what decides, a sentence; empty where nothing was tested.
     """
 
     claim: str
     word: Word
     found: str
+    rule: str = ""
 
 
-def judge(results: Sequence[CellResult], backdoors: Sequence[BackdoorResult] = ()) -> list[Verdict]:
-    """A verdict on every claim."""
+def judge(results: Sequence[CellResult]) -> list[Verdict]:
+    """A verdict on every claim but the one on backdoors."""
     judged = [result for result in results if not reasons_against(result)]
-    return [*(claim(judged) for claim in CLAIMS), backdoor_undone(backdoors)]
+    return [claim(judged) for claim in CLAIMS]
 
 
 def judge_mixed(results: Sequence[CellResult]) -> list[Verdict]:
@@ -76,12 +77,16 @@ def judge_mixed(results: Sequence[CellResult]) -> list[Verdict]:
 
 def reasons_against(result: CellResult) -> tuple[str, ...]:
     """Why no claim is judged by a run; empty where claims are."""
-    published = result.config.data in WASTEFUL
-    return result.flaws if published else ("no data set of the paper", *result.flaws)
+    foreign = []
+    if result.config.data not in WASTEFUL:
+        foreign.append("no data set of the paper")
+    if result.config.network not in NETWORKS:
+        foreign.append("no network of the paper")
+    return (*foreign, *result.flaws)
 
 
 def half_saved_on_cifar(results: Sequence[CellResult], strategy: str = "joint") -> Verdict:
-    """Held: such training saves over half on average, at the plain accuracy. Beaten: at least 55 % in every run."""
+    """Early exits save over half of the cost on CIFAR."""
     claim = (
         f"Early exits after {strategy} training save more than 50 % of the cost on CIFAR, at the network's accuracy."
     )
@@ -89,19 +94,19 @@ def half_saved_on_cifar(results: Sequence[CellResult], strategy: str = "joint") 
 
 
 def quarter_saved_on_tiny(results: Sequence[CellResult], strategy: str = "joint") -> Verdict:
-    """Held: such training saves over 25 % on average, at the plain accuracy. Beaten: at least 30 % in every run."""
+    """Early exits save over a quarter of the cost on Tiny ImageNet."""
     claim = "On Tiny ImageNet they save more than 25 %."
     return _saving(claim, results, strategy, ("tinyimagenet",), 0.25)
 
 
 def quarter_saved_by_exits_alone(results: Sequence[CellResult]) -> Verdict:
-    """Held: IC-only training saves over 25 % on average, at the plain accuracy. Beaten: at least 30 % in every run."""
+    """Exits on a frozen network save over a quarter of the cost."""
     claim = "With IC-only training they still save more than 25 %."
     return _saving(claim, results, "ic_only", tuple(WASTEFUL), 0.25)
 
 
-def accuracy_gained(results: Sequence[CellResult], strategies: Sequence[str] = ("ic_only", "joint")) -> Verdict:
-    """Held: the best threshold gains on average. Beaten: more than published for the same cells."""
+def accuracy_gained(results: Sequence[CellResult], strategies: Sequence[str] = PUBLISHED) -> Verdict:
+    """Early exits at the best threshold are more accurate than the plain network."""
     claim = "Leaving early at the best threshold is more accurate than the plain network."
     gains = _gains(results, strategies)
     if not gains:
@@ -117,61 +122,78 @@ def accuracy_gained(results: Sequence[CellResult], strategies: Sequence[str] = (
             f"{in_points(statistics.fmean(g for g, _ in known))}, published are "
             f"{in_points(statistics.fmean(p for _, p in known))}, of thresholds chosen on test."
         )
-    return Verdict(claim, "not held" if reaches(0.0, mean(gains)) else "beaten" if more else "held", found)
+    rule = f"Held where the mean gain {STANDS_OUT}; beaten where it also passes the published gains of the same cells."
+    return Verdict(claim, _by_direction(direction(gains), more), found, rule)
 
 
 def gain_up_to(results: Sequence[CellResult]) -> Verdict:
-    """Held: the largest relative gain reaches the paper's figure. Beaten: it passes the talk's."""
+    """The largest gain, relative to the plain accuracy, is the published one."""
     claim = f"The gain is up to {100 * GAIN[0]:.0f} % (the paper), up to {100 * GAIN[1]:.0f} % (the talk)."
-    found = _gains(results, ("ic_only", "joint"))
+    found = _gains(results, PUBLISHED)
     gains = [(run, gain / (within - gain)) for run, gain in found if (within := _max_accuracy(run)) > gain]
     if not gains:
         return Verdict(claim, "not tested yet", "It takes an IC-only or a joint run and its plain one.")
+    data, network = max(TABLE_3, key=lambda cell: TABLE_3[cell].joint / TABLE_3[cell].plain)
+    where = f"{title_of_network(network)} on {title_of(data)}"
     run, largest = max(gains, key=lambda pair: pair[1])
     said = f"The largest is {signed(100 * largest)} % of the plain accuracy ({run.name}); {evidence(gains)}."
-    return Verdict(claim, "beaten" if largest > GAIN[1] else "held" if largest >= GAIN[0] else "not held", said)
+    was_run = any((run.config.data, run.config.network) == (data, network) for run, _ in gains)
+    said += "" if was_run else f" {where}, whose gain is the largest that is known of the paper, has not been run."
+    word: Word = "not held" if was_run else "undecided"
+    word = "beaten" if largest > GAIN[1] else "held" if reaches(largest, GAIN[0]) else word
+    rule = (
+        f"Taken as a share of the plain accuracy; whether it was meant so is not known. Held from "
+        f"{100 * GAIN[0]:.0f} % on, beaten above {100 * GAIN[1]:.0f} %; undecided below until {where} has been run."
+    )
+    return Verdict(claim, word, said, rule)
 
 
 def joint_training_harmless(results: Sequence[CellResult]) -> Verdict:
-    """Held: the last exit is at most half a point worse on average. Beaten: more than half a point better."""
+    """The last exit of a jointly trained network is as accurate as the plain network."""
     claim = "Joint training does not hurt an off-the-shelf network: its last exit stays as accurate."
-    changes = [(run, run.accuracy - plain.accuracy) for run, plain in _pairs(results, ("joint",))]
+    changes = [(run, run.accuracy - plain.accuracy) for run, plain in pairs(results, ("joint",))]
     if not changes:
         return Verdict(claim, "not tested yet", "It takes a joint run and its plain one.")
     change = mean(changes)
     word: Word = "beaten" if change > HALF_A_POINT else "held" if reaches(change, -HALF_A_POINT) else "not held"
     found = f"It changes by {summary(changes, in_points)}; {evidence(changes)}."
-    return Verdict(claim, word, found)
+    rule = "Held where the mean change is no loss of more than half a point; beaten where it is a gain of more."
+    return Verdict(claim, word, found, rule)
 
 
 def wasteful_on_most(results: Sequence[CellResult], data: str) -> Verdict:
-    """Held: on this data set, the largest share comes within five points of the published one, or above it."""
+    """The largest wasteful share on a data set is the published one."""
     claim = f"Computation is wasteful on up to {100 * WASTEFUL[data]:.0f} % of the samples of {title_of(data)}."
     shares = [(run, run.overthinking.wasteful) for run in _with_exits(results) if run.config.data == data]
     if not shares:
         return Verdict(claim, "not tested yet", f"It takes a run with internal exits on {title_of(data)}.")
     largest = max(share for _, share in shares)
+    missing = [name for name in NETWORKS if all(run.config.network != name for run, _ in shares)]
     found = f"The largest share is {in_per_cent(largest)}; {evidence(shares)}."
-    return Verdict(claim, "held" if reaches(largest, WASTEFUL[data] - NEAR) else "not held", found)
+    word: Word = "undecided" if missing else "not held"
+    word = "held" if reaches(largest, WASTEFUL[data] - NEAR) else word
+    rule = (
+        f"Held where the largest share is {100 * (WASTEFUL[data] - NEAR):.0f} % or more; undecided below until all "
+        "four networks have been run."
+    )
+    return Verdict(claim, word, found, rule)
 
 
 def half_of_errors_destructive(results: Sequence[CellResult]) -> Verdict:
-    """Held: on average between 40 and 60 % of the errors."""
+    """About half of the errors had been right before."""
     claim = "About half of a network's errors are destructive: an earlier exit had the right answer."
     shares = [(run, run.overthinking.destructive_of_errors) for run in _with_exits(results)]
     if not shares:
         return Verdict(claim, "not tested yet", "It takes a run with internal exits.")
     found = f"It is {summary(shares, in_per_cent)} of them; {evidence(shares)}."
-    return Verdict(claim, "held" if reaches(0.1, abs(mean(shares) - DESTRUCTIVE)) else "not held", found)
+    word: Word = "held" if reaches(0.1, abs(mean(shares) - DESTRUCTIVE)) else "not held"
+    return Verdict(claim, word, found, "Held where the mean is from 40 to 60 %.")
 
 
 def confusion_misses_fewer(results: Sequence[CellResult]) -> Verdict:
-    """Held: an alarm at the mean right answer misses fewer errors by confusion than by confidence, on average.
-
-    Beaten: in every run, with the larger area under the ROC curve as well. Runs with label smoothing test nothing.
-    """
+    """Confusion finds more of the errors than confidence; runs with label smoothing test nothing."""
     claim = "Confusion tells wrong answers from right ones with fewer false negatives than confidence."
-    runs = [(run, run.confusion) for run in _plainly(_with_exits(results)) if run.confusion is not None]
+    runs = [(run, run.confusion) for run in without_smoothing(_with_exits(results)) if run.confusion is not None]
     if not runs:
         return Verdict(claim, "not tested yet", "It takes a run with internal exits and without label smoothing.")
     fewer = [(run, found.wrong_above_correct_mean_confidence - found.wrong_below_correct_mean) for run, found in runs]
@@ -184,56 +206,11 @@ def confusion_misses_fewer(results: Sequence[CellResult]) -> Verdict:
         f"runs. AUROC {areas[0]:.3f} against {areas[1]:.3f}; {evidence(fewer)}."
     )
     everywhere = all(x > 0 for _, x in fewer) and all(f.auroc["confusion"] > f.auroc["max-softmax"] for _, f in runs)
-    return Verdict(claim, "not held" if reaches(0.0, mean(fewer)) else "beaten" if everywhere else "held", found)
-
-
-def backdoor_undone(results: Sequence[BackdoorResult]) -> Verdict:
-    """Held: with early exits, the accuracy on triggered samples comes within five points of the published one.
-
-    Beaten: it passes that. A network that the attack did not take, or one on other data than CIFAR-10, tests nothing.
-    """
-    claim = (
-        f"On a backdoored network's triggered samples, early exits raise the accuracy from {100 * BACKDOOR[0]:.0f} to "
-        f"{100 * BACKDOOR[1]:.0f} %."
+    rule = (
+        f"Held where confusion misses fewer and the mean difference {STANDS_OUT}; beaten where it also misses fewer "
+        "in every run, with the larger AUROC."
     )
-    judged, left = [], Counter[str]()
-    for result in results:
-        reason = _backdoor_reason(result)
-        if reason is None:
-            judged.append(result.effect)
-        else:
-            left[reason] += 1
-    aside = "; ".join(f"{reason} ({counted_as(number, 'run')})" for reason, number in left.items())
-    found = _undone(judged) if judged else "It takes a network on CIFAR-10 that the backdoor works on, and a policy."
-    found += f" Left out: {aside}." if aside else ""
-    if not judged:
-        return Verdict(claim, "not tested yet", found)
-    after = _mean_with_policy(judged)
-    word: Word = "beaten" if after > BACKDOOR[1] else "held" if reaches(after, BACKDOOR[1] - NEAR) else "not held"
-    return Verdict(claim, word, found)
-
-
-def _backdoor_reason(result: BackdoorResult) -> str | None:
-    """Why a backdoor's result does not test the claim; ``None``: it does."""
-    if result.data != "cifar10":
-        return f"not CIFAR-10 but {title_of(result.data)}"
-    if not reaches(result.effect.attack_success[-1], ATTACKED):
-        return f"the attack did not work, {in_per_cent(result.effect.attack_success[-1])} success"
-    return "no policy" if result.effect.with_policy is None else None
-
-
-def _mean_with_policy(effects: Sequence[BackdoorEffect]) -> float:
-    return statistics.fmean(effect.with_policy.accuracy for effect in effects if effect.with_policy is not None)
-
-
-def _undone(effects: Sequence[BackdoorEffect]) -> str:
-    before = statistics.fmean(effect.accuracy[-1] for effect in effects)
-    counts = sorted({effect.n_triggered for effect in effects})
-    images = " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1])))
-    return (
-        f"From {100 * before:.1f} to {in_per_cent(_mean_with_policy(effects))} "
-        f"(n = {counted_as(len(effects), 'run')}, {images} triggered images)."
-    )
+    return Verdict(claim, _by_direction(direction(fewer), everywhere), found, rule)
 
 
 CLAIMS: tuple[Callable[[Sequence[CellResult]], Verdict], ...] = (
@@ -249,35 +226,18 @@ CLAIMS: tuple[Callable[[Sequence[CellResult]], Verdict], ...] = (
 )
 
 
-def saved_at_plain_accuracy(run: CellResult, plain: CellResult, given_up: float = 0.0) -> tuple[float, float]:
-    """What a run saves while it is as accurate as the plain network, and its accuracy there; both on test.
-
-    The threshold is that of the lowest budget, in steps of 2.5 %, whose validation accuracy is the plain network's or
-    better, less what is given up. Where none is, samples go through to the last exit, and nothing is saved.
-
-    Without validation images (recipe ``paper``) the *budget* is chosen on the test images themselves: the lowest whose
-    thresholds, each on the half of them that chose it, are as accurate as the plain network on all of them. What is
-    then saved, and the accuracy, are still those of each threshold on the other half.
-    """
-    floor = (plain.val_accuracy[-1] if plain.val_accuracy and run.val_accuracy else plain.accuracy) - given_up
-    for row in () if run.curve is None else run.curve.table:
-        if row.val_accuracy is not None and reaches(row.val_accuracy, floor):
-            assert row.cost is not None
-            assert row.accuracy is not None
-            return 1 - row.cost, row.accuracy
-    return 1 - run.costs[-1], run.accuracy
+def _by_direction(sign: int, more: bool) -> Word:
+    """From where a mean points; ``more``: than was claimed."""
+    return "undecided" if sign == 0 else "not held" if sign < 0 else "beaten" if more else "held"
 
 
 def _saving(claim: str, results: Sequence[CellResult], strategy: str, data: Sequence[str], bound: float) -> Verdict:
-    """Held: the mean saving passes the bound, and the mean accuracy is the plain one but for half a point.
-
-    Beaten: every run by itself saves five points more than the bound, and has the plain accuracy but for half a point.
-    """
-    pairs = [pair for pair in _pairs(_plainly(results), (strategy,)) if pair[0].config.data in data and pair[0].curve]
-    if not pairs:
+    found = [pair for pair in pairs(without_smoothing(results), (strategy,)) if pair[0].config.data in data]
+    found = [pair for pair in found if pair[0].curve]
+    if not found:
         needed = " or ".join(title_of(name) for name in data)
         return Verdict(claim, "not tested yet", f"It takes {_a(strategy)} run and its plain one on {needed}.")
-    savings, changes = _saved(pairs, 0.0)
+    savings, changes = saved(found, 0.0)
     held = mean(savings) > bound and reaches(mean(changes), -HALF_A_POINT)
     beaten = all(reaches(saving, bound + NEAR) for _, saving in savings) and all(
         reaches(change, -HALF_A_POINT) for _, change in changes
@@ -291,45 +251,30 @@ def _saving(claim: str, results: Sequence[CellResult], strategy: str, data: Sequ
             f" In {nothing} of {counted_as(len(savings), 'run')} no threshold has the plain network's accuracy on the "
             "images that choose it, so all go to the end."
         )
-    nearly, less = _saved(pairs, HALF_A_POINT)
+    nearly, less = saved(found, HALF_A_POINT)
     said += (
         f" With half a point less asked of those images, {summary(nearly, in_per_cent)} are saved, at "
         f"{in_points(mean(less))}."
     )
-    unheld = sum(not (run.val_accuracy and plain.val_accuracy) for run, plain in pairs)
+    unheld = sum(not (run.val_accuracy and plain.val_accuracy) for run, plain in found)
     if unheld:
         said += f" Without validation images, the budget was chosen on the test images themselves in {unheld} of them."
-    return Verdict(claim, "beaten" if beaten else "held" if held else "not held", said)
-
-
-def _saved(pairs: Sequence[tuple[CellResult, CellResult]], given_up: float) -> tuple[Figures, Figures]:
-    """What runs save, and by how much their accuracy then differs from their plain network's."""
-    found = [(run, plain, *saved_at_plain_accuracy(run, plain, given_up)) for run, plain in pairs]
-    return (
-        [(run, saving) for run, _, saving, _ in found],
-        [(run, accuracy - plain.accuracy) for run, plain, _, accuracy in found],
+    rule = (
+        f"Held where the mean saving is above {100 * bound:.0f} % and the mean accuracy at most half a point below the "
+        f"plain one; beaten where every run by itself saves {100 * (bound + NEAR):.0f} %, with that accuracy."
     )
+    return Verdict(claim, "beaten" if beaten else "held" if held else "not held", said, rule)
 
 
 def _with_exits(results: Sequence[CellResult]) -> list[CellResult]:
-    return [result for result in results if len(result.costs) > 1]
-
-
-def _pairs(results: Sequence[CellResult], strategies: Sequence[str]) -> list[tuple[CellResult, CellResult]]:
-    """Each run of some strategies with its plain network, where that was run."""
-    plain = {result.pair: result for result in results if result.strategy == "plain"}
-    return [(run, plain[run.pair]) for run in results if run.strategy in strategies and run.pair in plain]
-
-
-def _plainly(results: Sequence[CellResult]) -> list[CellResult]:
-    """Those without label smoothing, which changes every confidence and so what a threshold on it is worth."""
-    return [result for result in results if not result.label_smoothing]
+    """Runs of the paper's own ways to train exits."""
+    return [result for result in results if result.strategy in PUBLISHED]
 
 
 def _gains(results: Sequence[CellResult], strategies: Sequence[str]) -> Figures:
     """Accuracy of the best threshold, chosen on validation, over the plain network's."""
-    pairs = _pairs(_plainly(results), strategies)
-    return [(run, _max_accuracy(run) - plain.accuracy) for run, plain in pairs if run.within(None) is not None]
+    found = pairs(without_smoothing(results), strategies)
+    return [(run, _max_accuracy(run) - plain.accuracy) for run, plain in found if run.within(None) is not None]
 
 
 def _max_accuracy(run: CellResult) -> float:

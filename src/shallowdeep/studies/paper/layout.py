@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from shallowdeep.analysis.budgets import BUDGETS
 from shallowdeep.studies.results import CellResult
-from shallowdeep.studies.tasks import TASKS
 
 COLUMNS = tuple((budget, "Max" if budget is None else f"≤ {100 * budget:.0f} %") for budget in BUDGETS)
 """The paper's budgets, and how a table's head names them."""
@@ -18,7 +17,7 @@ NETWORK_TITLES = {"vgg16": "VGG-16", "resnet56": "ResNet-56", "wrn32_4": "WideRe
 
 @dataclass(frozen=True)
 class Group:
-    """Results that share data, recipe and length: a table of its own.
+    """Results that share data, recipe and length.
 
     Attributes:
         data: name of the data set.
@@ -51,11 +50,10 @@ class Group:
             key=lambda result: result.config.seed,
         )
 
-    def networks(self, usual: Sequence[str]) -> list[str]:
-        """The usual networks, run or not, and others that were run."""
-        found = sorted({result.config.network for result in self.results})
-        asked = usual if self.data in TASKS and any(name in usual for name in found) else ()
-        return [*asked, *(name for name in found if name not in asked)]
+    def networks(self, order: Sequence[str]) -> list[str]:
+        """Those that were run: in an order, and after it the others."""
+        found = {result.config.network for result in self.results}
+        return [*(name for name in order if name in found), *sorted(found - {*order})]
 
 
 def groups_of(results: Sequence[CellResult], order: Sequence[str]) -> list[Group]:
@@ -115,6 +113,28 @@ def mean_text(shares: Sequence[float]) -> str:
         return "–"
     mean = percent(statistics.fmean(shares))
     return mean if len(shares) == 1 else f"{mean} ± {percent(statistics.stdev(shares))}"
+
+
+def counts_text(counts: Sequence[int]) -> str:
+    """Numbers of runs of several strategies: one number where all that were run are alike, else each.
+
+    >>> counts_text([1, 0, 1]), counts_text([2, 1, 2])
+    ('1', '2/1/2')
+    """
+    present = {count for count in counts if count}
+    return str(*present) if len(present) == 1 else "/".join(map(str, counts))
+
+
+def mean_of_met(shares: Sequence[float | None]) -> str:
+    """The mean over runs that met a budget; where some did not, that alone is said.
+
+    >>> mean_of_met([0.7, 0.72]), mean_of_met([None]), mean_of_met([0.7, None, 0.72])
+    ('71.00 ± 1.41', 'none', 'none in 1 of 3')
+    """
+    met = [share for share in shares if share is not None]
+    if len(met) == len(shares):
+        return mean_text(met)
+    return f"none in {len(shares) - len(met)} of {len(shares)}" if met else "none"
 
 
 def mean_over(runs: Sequence[CellResult], value: Callable[[CellResult], float]) -> str:

@@ -9,23 +9,26 @@ from pathlib import Path
 
 from shallowdeep.errors import FileFormatError
 from shallowdeep.storage import write_text
+from shallowdeep.studies.paper.attacks import backdoor_undone
 from shallowdeep.studies.paper.claims import Verdict, judge, judge_mixed, reasons_against
 from shallowdeep.studies.paper.comparison import compare_with_published
 from shallowdeep.studies.paper.evidence import counted_as, reaches
 from shallowdeep.studies.paper.layout import (
     COLUMNS,
     Group,
+    counts_text,
     flaws_of,
     groups_of,
     markdown_table,
+    mean_of_met,
     mean_over,
-    mean_text,
     paragraph,
     percent,
     title_of_network,
 )
 from shallowdeep.studies.paper.matrix import DATA, NETWORKS
 from shallowdeep.studies.paper.reproduction import show_how
+from shallowdeep.studies.paper.savings import show_savings
 from shallowdeep.studies.paper.sections import compare_thresholds, show_confusion, show_exits, show_overthinking
 from shallowdeep.studies.paper.targets import show_targets
 from shallowdeep.studies.results import BackdoorResult, CellResult, find_backdoors, read_backdoor, read_results
@@ -69,9 +72,10 @@ def page_of(results: Sequence[CellResult], backdoors: Sequence[BackdoorResult] =
     groups = groups_of(results, DATA)
     lines = ["# The paper's table, run again", "", *_intro(results, groups)]
     for data in dict.fromkeys([*DATA, *(group.data for group in groups)]):
-        lines += ["", f"## {title_of(data)}", "", *_of_data([group for group in groups if group.data == data])]
+        lines += ["", f"## {title_of(data)}", "", *_of_data(data, [group for group in groups if group.data == data])]
     lines += ["", "## The claims", "", *_claims(results, backdoors)]
     for title, section in (
+        ("Saved at the plain network's accuracy", show_savings),
         ("Thresholds from validation, beside thresholds from test", compare_thresholds),
         ("Exit by exit", show_exits),
         ("Overthinking", show_overthinking),
@@ -86,7 +90,7 @@ def page_of(results: Sequence[CellResult], backdoors: Sequence[BackdoorResult] =
 
 def _intro(results: Sequence[CellResult], groups: Sequence[Group]) -> list[str]:
     missing = [title_of(data) for data in DATA if all(group.data != data for group in groups)]
-    hours = sum(result.seconds for result in results) / 3600
+    hours = sum(result.training_seconds for result in results) / 3600
     lines = [
         *paragraph(
             """Shallow-Deep Networks (Kaya, Hong & Dumitras, ICML 2019) put internal classifiers, exits, on an
@@ -106,71 +110,77 @@ def _intro(results: Sequence[CellResult], groups: Sequence[Group]) -> list[str]:
     return lines if not missing else [*lines, "", f"Not run yet: {', '.join(missing)}."]
 
 
-def _of_data(groups: Sequence[Group]) -> list[str]:
+def _of_data(data: str, groups: Sequence[Group]) -> list[str]:
     if not groups:
         return ["No cell of it has been run yet."]
-    lines = []
-    for group in groups:
-        lines += ["", f"### Recipe {group.recipe}", "", *_about(group), "", *_budget_table(group, ("ic_only", "joint"))]
-        if any(group.of(network, "mixed") for network in group.networks(NETWORKS)):
-            lines += ["", "Mixed training, with the plain phase counted as its own cell:", ""]
-            lines += _budget_table(group, ("mixed",))
-    return lines[1:]
+    lines = [*_about(groups), "", *_budget_table(groups, ("ic_only", "joint"))]
+    if any(result.strategy == "mixed" for group in groups for result in group.results):
+        lines += ["", "Mixed training, with the plain phase counted as its own cell:", ""]
+        lines += _budget_table(groups, ("mixed",))
+    missing = [name for name in NETWORKS if all(name not in group.networks(NETWORKS) for group in groups)]
+    if data in DATA and missing:
+        lines += ["", f"Not run yet: {', '.join(map(title_of_network, missing))}."]
+    return lines
 
 
-def _about(group: Group) -> list[str]:
-    seeds = sorted({result.config.seed for result in group.results})
-    tested = sorted({result.n_test for result in group.results})
+def _about(groups: Sequence[Group]) -> list[str]:
+    results = [result for group in groups for result in group.results]
+    seeds = sorted({result.config.seed for result in results})
+    tested = sorted({result.n_test for result in results})
     lines = paragraph(
         f"""Seed{"s" if len(seeds) > 1 else ""} {", ".join(map(str, seeds))}; {", ".join(f"{n:,}" for n in tested)} test
         images. In each cell IC-only left, joint right; small, the cost that came out on the test images. **Bold**: at
-        or above the plain network (CNN) of the same seed. *none*: no threshold is that cheap."""
+        or above the plain network (CNN) of the same recipe and seed. *none*: no threshold is that cheap."""
     )
-    if group.is_cross_fitted:
-        lines += paragraph(
-            """All training images were trained on, so thresholds come from cross-fitted halves of the test images: each
-            half is answered with the threshold that the other chose."""
-        )
-    flaws = "; ".join(flaws_of(group))
-    return lines if not flaws else [*lines, "", *paragraph(f"**Not comparable with published figures:** {flaws}.")]
+    for group in groups:
+        if group.is_cross_fitted:
+            lines += paragraph(
+                f"""Under {group.recipe}, all training images were trained on, so thresholds come from cross-fitted
+                halves of the test images: each half is answered with the threshold that the other chose."""
+            )
+        if flaws := "; ".join(flaws_of(group)):
+            lines += [
+                "", *paragraph(f"**Not comparable with published figures:** {group.recipe} ({flaws})."),
+            ]  # fmt: skip
+    return lines
 
 
-def _budget_table(group: Group, strategies: Sequence[str]) -> list[str]:
+def _budget_table(groups: Sequence[Group], strategies: Sequence[str]) -> list[str]:
     rows = []
-    for network in group.networks(NETWORKS):
-        plain = group.of(network, "plain")
-        counts = [len(group.of(network, strategy)) for strategy in ("plain", *strategies)]
-        present = sorted({count for count in counts if count})
-        runs = str(present[0]) if len(present) == 1 else "/".join(map(str, counts)) if present else "–"
-        cells = [
-            " · ".join(_within(group.of(network, strategy), plain, budget) for strategy in strategies)
-            for budget, _ in COLUMNS
-        ]
-        rows.append([title_of_network(network), runs, mean_over(plain, lambda run: run.accuracy), *cells])
-    return markdown_table(["network", "runs", "CNN", *(title for _, title in COLUMNS)], rows)
+    for network in dict.fromkeys([*NETWORKS, *(name for group in groups for name in group.networks(NETWORKS))]):
+        for group in groups:
+            counts = [len(group.of(network, strategy)) for strategy in ("plain", *strategies)]
+            if not any(counts[1:] if strategies == ("mixed",) else counts):
+                continue
+            plain = group.of(network, "plain")
+            cells = [
+                " · ".join(_within(group.of(network, strategy), plain, budget) for strategy in strategies)
+                for budget, _ in COLUMNS
+            ]
+            names = [title_of_network(network), group.recipe, counts_text(counts)]
+            rows.append([*names, mean_over(plain, lambda run: run.accuracy), *cells])
+    return markdown_table(["network", "recipe", "runs", "CNN", *(title for _, title in COLUMNS)], rows)
 
 
 def _within(runs: Sequence[CellResult], plain: Sequence[CellResult], budget: float | None) -> str:
     """Accuracy within a budget in the mean over seeds, its cost, in bold where the plain network is not better."""
     rows = [(run, row) for run in runs if (row := run.within(budget)) is not None]
     met = [(run, row.accuracy, row.cost) for run, row in rows if row.accuracy is not None and row.cost is not None]
-    if not rows:
-        return "–"
-    if len(met) < len(rows):
-        return "none" if not met else f"none in {len(rows) - len(met)} of {len(rows)}"
+    text = mean_of_met([row.accuracy for _, row in rows])
+    if not met or len(met) < len(rows):
+        return text
     by_seed = {run.config.seed: run.accuracy for run in plain}
     gains = [accuracy - by_seed[run.config.seed] for run, accuracy, _ in met if run.config.seed in by_seed]
-    text = mean_text([accuracy for _, accuracy, _ in met])
     text = f"**{text}**" if gains and reaches(sum(gains), 0.0) else text
     return f"{text} <sub>{percent(sum(cost for _, _, cost in met) / len(met), 1)}</sub>"
 
 
 def _claims(results: Sequence[CellResult], backdoors: Sequence[BackdoorResult]) -> list[str]:
     lines = paragraph(
-        f"""*Held*: so it is in the mean over all runs that test the claim. *Beaten*: more than was claimed was found.
-        No run is left out for its outcome. {_judged(results)}"""
+        f"""Each verdict ends with the rule that it was found by. *Undecided*: what was run cannot tell. No run is left
+        out for its outcome. {_judged(results)}"""
     )
-    lines += _bullets(judge(results, backdoors))
+    lines += _bullets([*judge(results), backdoor_undone(backdoors)])
     lines += [
         "",
         *paragraph(
@@ -192,7 +202,11 @@ def _claims(results: Sequence[CellResult], backdoors: Sequence[BackdoorResult]) 
 
 def _bullets(verdicts: Sequence[Verdict]) -> list[str]:
     """Each verdict after an empty line."""
-    bullets = [f"- **{verdict.word.capitalize()}.** *{verdict.claim}* {verdict.found}" for verdict in verdicts]
+    bullets = [
+        f"- **{verdict.word.capitalize()}.** *{verdict.claim}* {verdict.found}"
+        + (f" Rule: {verdict.rule[:1].lower()}{verdict.rule[1:]}" if verdict.rule else "")
+        for verdict in verdicts
+    ]
     return [line for bullet in bullets for line in ("", *paragraph(bullet))]
 
 

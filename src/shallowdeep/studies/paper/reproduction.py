@@ -40,9 +40,11 @@ def show_how(groups: Sequence[Group], num_given: int = 0) -> list[str]:
         *_places([result for group in groups for result in group.results]),
         "",
         *paragraph(
-            """Minutes of training, and in brackets epochs, of each cell in the mean over seeds; validation is not
-            counted, and a machine shared with other work shows. Mixed is without the plain phase that it goes on from,
-            IC-only with the time to record what the exits see, where that was done."""
+            """Minutes of training, and in brackets epochs, of each cell in the mean over seeds: the median epoch times
+            the epochs, so that pauses do not count; validation does not either, a machine shared with other work does.
+            Mixed is without the plain phase that it goes on from, IC-only with the time to record what the exits see,
+            where that was done. *Precision* is that of the arithmetic of training, which the recipe `fast` leaves to
+            the machine."""
         ),
         "",
         *_times(groups),
@@ -85,10 +87,11 @@ def _places(results: Sequence[CellResult]) -> list[str]:
     """Machines and versions, and the cells that were begun on one and gone on with on another."""
     found: dict[tuple[str, ...], list[CellResult]] = {}
     for result in results:
-        found.setdefault(result.provenance.places, []).append(result)
+        precision = f", in {' and '.join(result.precisions)}" if result.precisions else ""
+        found.setdefault((*result.provenance.places[:-1], result.provenance.places[-1] + precision), []).append(result)
     lines = []
     for places, cells in sorted(found.items()):
-        hours = sum(cell.seconds for cell in cells) / 3600
+        hours = sum(cell.training_seconds for cell in cells) / 3600
         counted = f"{counted_as(len(cells), 'cell')}, {hours:.1f} hours of training"
         moved = "" if len(places) == 1 else f" ({', '.join(sorted(cell.name for cell in cells))})"
         lines += paragraph(f"- {', then '.join(places)}: {counted}{moved}")
@@ -101,16 +104,22 @@ def _times(groups: Sequence[Group]) -> list[str]:
             title_of(group.data),
             group.recipe,
             title_of_network(network),
+            " and ".join(_precisions(group, network)) or "not kept",
             *(_time(group.of(network, strategy)) for strategy in STRATEGIES),
         ]
         for group in groups
         for network in group.networks(NETWORKS)
     ]
-    return markdown_table(["data", "recipe", "network", *map(label, STRATEGIES)], rows)
+    return markdown_table(["data", "recipe", "network", "precision", *map(label, STRATEGIES)], rows)
+
+
+def _precisions(group: Group, network: str) -> list[str]:
+    runs = [result for result in group.results if result.config.network == network]
+    return sorted({precision for run in runs for precision in run.precisions})
 
 
 def _time(runs: Sequence[CellResult]) -> str:
     if not runs:
         return "–"
     epochs = "/".join(str(number) for number in sorted({run.epochs for run in runs}))
-    return f"{statistics.fmean(run.seconds for run in runs) / 60:.1f} ({epochs})"
+    return f"{statistics.fmean(run.training_seconds for run in runs) / 60:.1f} ({epochs})"

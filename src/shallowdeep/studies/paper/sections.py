@@ -11,8 +11,8 @@ from shallowdeep.studies.paper.layout import (
     Group,
     label,
     markdown_table,
+    mean_of_met,
     mean_over,
-    mean_text,
     paragraph,
     percent,
     signed,
@@ -34,13 +34,9 @@ def compare_thresholds(groups: Sequence[Group]) -> list[str]:
         cells = []
         for budget, _ in COLUMNS:
             found = [row for run in runs if (row := run.within(budget)) is not None]
-            pairs = [
-                (row.accuracy, row.test_chosen_accuracy)
-                for row in found
-                if row.accuracy is not None and row.test_chosen_accuracy is not None
-            ]
-            flattery += [chosen - fair for fair, chosen in pairs]
-            cells.append(" / ".join(mean_text(list(column)) for column in zip(*pairs, strict=True)) or "none")
+            fair, best = [row.accuracy for row in found], [row.test_chosen_accuracy for row in found]
+            flattery += [b - a for a, b in zip(fair, best, strict=True) if a is not None and b is not None]
+            cells.append(f"{mean_of_met(fair)} / {mean_of_met(best)}")
         rows.append([*_names(group, network, strategy), *cells])
     if not rows:
         return NOTHING

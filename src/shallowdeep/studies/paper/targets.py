@@ -12,6 +12,7 @@ from shallowdeep.studies.paper.layout import (
     Group,
     label,
     markdown_table,
+    mean_of_met,
     mean_text,
     paragraph,
     signed,
@@ -93,7 +94,7 @@ def _reached(group: Group, strategy: str, runs: Sequence[CellResult], target: Ta
     accuracies = [row.accuracy for row in found if row.accuracy is not None]
     costs = [row.cost for row in found if row.cost is not None]
     met = len(accuracies) == len(runs) and reaches(statistics.fmean(accuracies), target.accuracy)
-    texts = [mean_text(accuracies), mean_text(costs)] if accuracies else ["none", "–"]
+    texts = [mean_of_met([row.accuracy for row in found]), mean_text(costs)]
     return [label(strategy), group.recipe, *texts, str(len(runs)), "beaten" if met else "not beaten"]
 
 
