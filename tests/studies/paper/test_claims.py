@@ -244,7 +244,7 @@ def test_confusion_misses_fewer(make_result):
         [run(0.1, area=0.9), run(0.25, area=0.9, seed=1)],
         [run(0.1), run(0.29, seed=1), run(0.19, seed=2)],  # now more, now fewer
         [run(0.3)],
-    ) == ["not tested yet", "not tested yet", "held", "beaten", "held", "undecided", "not held"]
+    ) == ["not tested yet", "not tested yet", "held", "beaten", "undecided", "undecided", "not held"]
     found = claims.confusion_misses_fewer([run(0.1), run(0.25, seed=1)]).found
     assert "misses 17.5 % of the errors by confusion, 20.0 % by confidence" in found
     assert "fewer in 1 of 2 runs. AUROC 0.700 against 0.800" in found
@@ -350,7 +350,8 @@ def test_spread_is_between_seeds_alone(make_result):
 def test_what_stands_out_from_zero(make_result):
     run = make_result("joint")
     assert [direction([(run, value)]) for value in (0.004, 0.005, 0.006, -0.006)] == [0, 0, 1, -1]
-    assert direction([(run, 0.01), (run, 0.001)]) == 1
+    assert direction([(run, 0.01), (run, 0.02)]) == 1
+    assert direction([(run, 0.02), (run, 0.001)]) == direction([(run, 0.02), (run, -0.01)]) == 0
     assert direction([(run, value) for value in (0.001, 0.001, 0.001)]) == 1  # of three, their own spread says it
     assert direction([(run, value) for value in (0.03, -0.01, 0.01)]) == 0
     assert direction([(run, value) for value in (-0.03, -0.02, -0.04)]) == -1

@@ -37,7 +37,7 @@ NEAR = 0.05
 """Distance within which a published share counts as met, and by which a saving beats what was claimed of it."""
 PUBLISHED = ("ic_only", "joint")
 """The paper's ways of training exits; mixed training is not among them."""
-STANDS_OUT = "stands out from zero (by two standard errors over the runs; of fewer than three, by half a point)"
+STANDS_OUT = "stands out from zero (by two standard errors over the runs; of fewer than three, each by half a point)"
 
 Word = Literal["held", "beaten", "not held", "undecided", "not tested yet"]
 

@@ -37,13 +37,15 @@ def mean(figures: Figures) -> float:
 def direction(figures: Figures) -> int:
     """The sign of the mean where it stands out, else 0.
 
-    It stands out by two standard errors over the runs, taken as independent; of fewer than three, by half a point.
+    It stands out by two standard errors over the runs, taken as independent; of fewer than three, where each is
+    further than half a point from zero, on the same side.
     """
     values = [value for _, value in figures]
-    several = len(values) >= FEW
-    noise = 2 * statistics.stdev(values) / len(values) ** 0.5 if several else HALF_A_POINT
     average = statistics.fmean(values)
-    return 0 if reaches(noise, abs(average)) else 1 if average > 0 else -1
+    sign = 1 if average > 0 else -1
+    if len(values) < FEW:
+        return sign if all(sign * value > HALF_A_POINT + TIE for value in values) else 0
+    return 0 if reaches(2 * statistics.stdev(values) / len(values) ** 0.5, abs(average)) else sign
 
 
 def in_points(value: float) -> str:
