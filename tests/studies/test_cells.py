@@ -15,8 +15,10 @@ from filelock import FileLock
 from studies.conftest import TINY, small_cells
 
 from shallowdeep.errors import ConfigError, FileFormatError
+from shallowdeep.runs.run import Run
 from shallowdeep.storage import read_json, write_json
 from shallowdeep.studies import cells as cells_module
+from shallowdeep.studies import measurement
 from shallowdeep.studies.cells import Place, is_usable, run_cell, state_of
 from shallowdeep.studies.results import read_result
 from shallowdeep.studies.side_by_side import run_cells
@@ -42,6 +44,23 @@ def figures(result) -> dict:
     return values
 
 
+def test_unsure_samples_are_answered_by_both_rules(finished, cells, monkeypatch):
+    asked, joint = [], cells[2]
+
+    def see(val, test, *, budgets, answer):
+        asked.append((len(budgets), answer))
+        return measured(val, test, budgets=budgets, answer=answer)
+
+    measured = measurement.measure_budgets
+    monkeypatch.setattr(measurement, "measure_budgets", see)
+    run = Run.open(finished.run_of(joint))
+    traces = {split: run.trace(split) for split in ("train", "val", "test")}
+    what = {"name": joint.name, "strategy": joint.strategy, "config": joint.config, "command": joint.command}
+    found = measurement.measure(run, run.load(), traces, **what)
+    assert asked == [(4, "last"), (4, "most_confident"), (37, "last")]
+    assert found.budgets_as_published == measured(traces["val"], traces["test"], answer="most_confident")
+
+
 def test_results_of_the_four_cells(finished, cells):
     plain, ic_only, joint, mixed = (read_result(finished.result_of(cell)) for cell in cells)
     assert [r.strategy for r in (plain, ic_only, joint, mixed)] == ["plain", "ic_only", "joint", "mixed"]
@@ -57,6 +76,7 @@ def test_results_of_the_four_cells(finished, cells):
     assert [row.budget for row in ic_only.budgets.table] == [0.25, 0.5, 0.75, None]
     assert [row.budget for row in joint.curve.table][-1] == 1.0
     assert len(joint.costs) == len(joint.overthinking.accuracy) == len(joint.val_accuracy) == 3
+    assert plain.budgets_as_published is None
     assert joint.taps == ("1", "3")
     assert joint.epochs == 1
     assert joint.seconds > 0

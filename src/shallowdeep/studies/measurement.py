@@ -63,6 +63,7 @@ def measure(
         val_accuracy=None if val is None else tuple(val.correct.double().mean(0).tolist()),
         overthinking=measure_overthinking(test),
         budgets=_budgets(val, test, BUDGETS),
+        budgets_as_published=_budgets(val, test, BUDGETS, "most_confident"),
         curve=_budgets(val, test, STEPS),
         confusion=confusion,
         notes=notes,
@@ -103,10 +104,12 @@ def median_epoch(history: Sequence[Mapping[str, Any]]) -> float:
     return statistics.median(float(record["seconds"]) for record in history)
 
 
-def _budgets(val: Trace | None, test: Trace, budgets: Sequence[float | None]) -> Budgets | None:
+def _budgets(val: Trace | None, test: Trace, budgets: Sequence[float | None], answer: str = "last") -> Budgets | None:
     if test.num_exits == 1:
         return None
-    return cross_fit_budgets(test, budgets=budgets) if val is None else measure_budgets(val, test, budgets=budgets)
+    if val is None:
+        return cross_fit_budgets(test, budgets=budgets, answer=answer)
+    return measure_budgets(val, test, budgets=budgets, answer=answer)
 
 
 def _confusion(test: Trace, train: Trace) -> tuple[Confusion | None, tuple[str, ...]]:

@@ -96,7 +96,9 @@ class CellResult(BaseModel):
         val_accuracy: of each exit on validation; ``None``: there was none.
         overthinking: of the test split; per-exit and cumulative accuracy are in it.
         budgets: the paper's columns; ``None``: no internal exits.
-        curve: the same in many small steps of cost; ``None``: not measured.
+        budgets_as_published: the same columns by the paper's rule for samples that no exit is sure of: the most
+            confident exit's answer, not the last one's; ``None``: not measured.
+        curve: the columns in many small steps of cost; ``None``: not measured.
         confusion: ``None``: not measured, ``notes`` say why.
         notes: what could not be measured.
         epochs: trained, those of the cell it starts from not counted.
@@ -120,6 +122,7 @@ class CellResult(BaseModel):
     val_accuracy: tuple[float, ...] | None
     overthinking: Overthinking
     budgets: Budgets | None
+    budgets_as_published: Budgets | None = None
     curve: Budgets | None
     confusion: Confusion | None
     notes: tuple[str, ...] = ()
@@ -170,9 +173,15 @@ class CellResult(BaseModel):
             found.append(f"{self.length} epoch{'' if self.length == 1 else 's'}, fewer than {MIN_EPOCHS}")
         return tuple(found)
 
-    def within(self, budget: float | None) -> BudgetRow | None:
-        """The paper's column of that name; ``None`` for a network without internal exits."""
-        rows = () if self.budgets is None else self.budgets.table
+    def within(self, budget: float | None, *, as_published: bool = False) -> BudgetRow | None:
+        """The paper's column of that name; ``None`` for a network without internal exits, or where it was not measured.
+
+        Args:
+            budget: as a share of the plain network's cost; ``None``: any.
+            as_published: unsure samples are answered by the paper's rule.
+        """
+        found = self.budgets_as_published if as_published else self.budgets
+        rows = () if found is None else found.table
         return next((row for row in rows if row.budget == budget), None)
 
     def to_dict(self) -> dict[str, Any]:

@@ -29,7 +29,13 @@ from shallowdeep.studies.paper.layout import (
 from shallowdeep.studies.paper.matrix import DATA, NETWORKS
 from shallowdeep.studies.paper.reproduction import show_how
 from shallowdeep.studies.paper.savings import show_savings
-from shallowdeep.studies.paper.sections import compare_thresholds, show_confusion, show_exits, show_overthinking
+from shallowdeep.studies.paper.sections import (
+    compare_answers,
+    compare_thresholds,
+    show_confusion,
+    show_exits,
+    show_overthinking,
+)
 from shallowdeep.studies.paper.targets import show_targets
 from shallowdeep.studies.results import BackdoorResult, CellResult, find_backdoors, read_backdoor, read_results
 from shallowdeep.studies.tasks import title_of
@@ -77,6 +83,7 @@ def page_of(results: Sequence[CellResult], backdoors: Sequence[BackdoorResult] =
     for title, section in (
         ("Saved at the plain network's accuracy", show_savings),
         ("Thresholds from validation, beside thresholds from test", compare_thresholds),
+        ("Unsure images: the last answer, or the most confident one", compare_answers),
         ("Exit by exit", show_exits),
         ("Overthinking", show_overthinking),
         ("Confusion", show_confusion),

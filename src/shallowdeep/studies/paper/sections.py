@@ -53,6 +53,37 @@ def compare_thresholds(groups: Sequence[Group]) -> list[str]:
     ]
 
 
+def compare_answers(groups: Sequence[Group]) -> list[str]:
+    """Accuracy within budgets: unsure images answered by the last exit, and by the most confident one."""
+    rows = [
+        [
+            *_names(group, network, strategy),
+            *(
+                " / ".join(mean_of_met(_accuracies(runs, budget, as_published=theirs)) for theirs in (False, True))
+                for budget, _ in COLUMNS
+            ),
+        ]
+        for group, network, strategy, runs in _runs_with_exits(groups)
+        if all(run.budgets_as_published is not None for run in runs)
+    ]
+    if not rows:
+        return NOTHING
+    return [
+        *paragraph(
+            """An image that no exit is sure of has cost all of the network, and any exit's answer can be had. Left of
+            the slash it gets the last exit's, as everywhere else on this page, right of it that of the most confident
+            exit, which is the paper's rule. Thresholds are chosen on other images, for each rule by itself."""
+        ),
+        "",
+        *markdown_table([*_HEADS, *(title for _, title in COLUMNS)], rows),
+    ]
+
+
+def _accuracies(runs: Sequence[CellResult], budget: float | None, *, as_published: bool) -> list[float | None]:
+    found = [run.within(budget, as_published=as_published) for run in runs]
+    return [row.accuracy for row in found if row is not None]
+
+
 def show_exits(groups: Sequence[Group]) -> list[str]:
     """Cost, accuracy and cumulative accuracy of every exit."""
     found = _runs_with_exits(groups)
