@@ -40,7 +40,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def figures(result) -> dict:
     """All of a result that must come out again."""
     values = result.to_dict()
-    del values["seconds"], values["provenance"]["starts"]
+    del values["seconds"], values["epoch_seconds"], values["provenance"]["starts"]
     return values
 
 
