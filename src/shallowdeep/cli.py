@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from shallowdeep.console import assignments, numbers, options, refuse, show
+from shallowdeep.console import assignments, numbers, options, placements, refuse, show
 from shallowdeep.errors import ConfigError, ShallowDeepError
 
 app = typer.Typer(
@@ -74,7 +74,7 @@ def probe(
             for site in sites
         ],
     )
-    show("Exits", _placements(sdn))
+    show("Exits", placements(sdn))
 
 
 @app.command()
@@ -119,7 +119,7 @@ def fit(
     if not is_first():
         return
     if sdn.exits:
-        show("Exits", _placements(sdn))
+        show("Exits", placements(sdn))
     typer.echo(f"Trained: {run.weights}\nNext: shallowdeep record {out}")
 
 
@@ -360,7 +360,9 @@ def paper(
         raise ConfigError(f"--backdoor {backdoor[0]} is for the page. Write it: shallowdeep study paper --table")
     if table and not list_:
         given = {"--only": only, "--data": data, "--network": network, "--recipe": recipe, "--epochs": epochs}
-        refuse(given, "for cells to run or to list; --table writes all that lies under --results")
+        refuse(
+            given | {"--passes": passes}, "for cells to run or to list; --table writes all that lies under --results"
+        )
     if table:
         typer.echo(f"{write_page(results, out, backdoor or [])} cells are in {out}")
     matrix = Matrix(
@@ -382,13 +384,6 @@ def paper(
         typer.echo(f"error: {one.cell}: {one.message}", err=True)
     if failed:
         raise typer.Exit(2)
-
-
-def _placements(sdn: Any) -> list[dict[str, Any]]:
-    return [
-        {"exit": i, "tap": p.site.name, "asked": p.asked, "got": p.got, "cost with exits": cost}
-        for i, (p, cost) in enumerate(zip(sdn.placements, sdn.costs.relative().tolist(), strict=False))
-    ]
 
 
 def main() -> None:

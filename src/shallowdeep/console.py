@@ -85,3 +85,11 @@ def refuse(given: Mapping[str, Any], why: str) -> None:
     used = [name for name, value in given.items() if value is not None]
     if used:
         raise ConfigError(f"{', '.join(used)} {'is' if len(used) == 1 else 'are'} {why}.")
+
+
+def placements(sdn: Any) -> list[dict[str, Any]]:
+    """A row per internal exit of a Shallow-Deep Network: where it was asked for, where it sits, its cost with exits."""
+    return [
+        {"exit": i, "tap": p.site.name, "asked": p.asked, "got": p.got, "cost with exits": cost}
+        for i, (p, cost) in enumerate(zip(sdn.placements, sdn.costs.relative().tolist(), strict=False))
+    ]

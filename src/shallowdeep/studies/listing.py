@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from shallowdeep.errors import FileFormatError
 from shallowdeep.studies.cells import Cell, Place, State, state_of
 from shallowdeep.studies.estimates import Rates, measure_rates, training_flops
 from shallowdeep.studies.results import read_result
+from shallowdeep.studies.selection import is_asked
 
 
 def list_cells(cells: Sequence[Cell], place: Place) -> list[dict[str, Any]]:
@@ -39,7 +39,7 @@ def list_besides(cells: Sequence[Cell], place: Place, patterns: Sequence[str] = 
     rows = []
     for path in (path for folder in folders for path in sorted((place.results / folder).glob("*.json"))):
         name = path.relative_to(place.results).with_suffix("").as_posix()
-        if name not in names and (not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)):
+        if name not in names and is_asked(name, patterns):
             rows.append(_beside(name, path))
     return rows
 

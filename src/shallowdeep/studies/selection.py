@@ -26,7 +26,16 @@ def select(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
             near = difflib.get_close_matches(pattern.replace("*", ""), names, n=3, cutoff=0.5)
             hint = f" Near it: {', '.join(near)}." if near else ""
             raise ConfigError(f"no cell fits '{pattern}'.{hint} --list shows all names.")
-    return [cell for cell in cells if not patterns or any(fnmatch.fnmatchcase(cell.name, p) for p in patterns)]
+    return [cell for cell in cells if is_asked(cell.name, patterns)]
+
+
+def is_asked(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a name fits one of the patterns; without patterns every name does.
+
+    >>> is_asked("digits/vgg16/plain", ["*/joint", "digits/*"]), is_asked("digits", ["cifar*"]), is_asked("digits", [])
+    (True, False, True)
+    """
+    return not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def patterns_of(names: Sequence[str], offered: Sequence[str]) -> list[str]:

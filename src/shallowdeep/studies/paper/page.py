@@ -141,14 +141,15 @@ def _about(groups: Sequence[Group]) -> list[str]:
     )
     for group in groups:
         if group.is_cross_fitted:
-            lines += paragraph(
-                f"""Under {group.recipe}, all training images were trained on, so thresholds come from cross-fitted
+            lines += (
+                "",
+                *paragraph(
+                    f"""Under {group.recipe}, all training images were trained on, so thresholds come from cross-fitted
                 halves of the test images: each half is answered with the threshold that the other chose."""
+                ),
             )
         if flaws := "; ".join(flaws_of(group)):
-            lines += [
-                "", *paragraph(f"**Not comparable with published figures:** {group.recipe} ({flaws})."),
-            ]  # fmt: skip
+            lines += "", *paragraph(f"**Not comparable with published figures:** {group.recipe} ({flaws}).")
     return lines
 
 
