@@ -91,6 +91,27 @@ def test_attention_is_counted():
     assert count_flops(layer, torch.zeros(3, 5, 8)) == 3 * 5 * 2 * (projections + products + mlp)
 
 
+@pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_recurrent_layers_are_counted(kind, gates, bidirectional):
+    layers = kind(8, 16, num_layers=2, bidirectional=bidirectional, batch_first=True)
+    directions = 2 if bidirectional else 1
+    first, second = gates * 16 * (8 + 16), gates * 16 * (directions * 16 + 16)  # one direction, one step
+    assert count_flops(layers, torch.zeros(3, 5, 8)) == 3 * 5 * 2 * directions * (first + second)
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(nn.LSTM, 2), (nn.GRU, 3)])
+def test_recurrent_layers_of_a_gpu_count_what_those_of_a_cpu_do(kind, mode):
+    with torch.device("meta"):  # the kernel's shapes, without the device
+        weights = kind(8, 16, num_layers=2, bidirectional=True, batch_first=True)._flat_weights
+        x, state = torch.zeros(3, 5, 8), torch.zeros(4, 3, 16)
+    with flop_counter() as counter:
+        cell = state if kind is nn.LSTM else None
+        torch.ops.aten._cudnn_rnn(x, weights, 4, None, state, cell, mode, 16, 0, 2, True, 0.0, False, True, [], None)
+    on_cpu = count_flops(kind(8, 16, num_layers=2, bidirectional=True, batch_first=True), torch.zeros(3, 5, 8))
+    assert counter.get_total_flops() == on_cpu > 0
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 def test_counting_restores_the_fused_path_after_success_and_crash(enabled):
     before = torch.backends.mha.get_fastpath_enabled()
