@@ -81,6 +81,42 @@ def test_folders_that_are_splits(fill, tmp_path, val):
             load_data(f"folder:{tmp_path / 'mine'}", val_size=val_size)
 
 
+@pytest.mark.parametrize(
+    ("train", "test"), [("Train", "Test"), ("seg_train", "seg_test"), ("seg_train/seg_train", "seg_test/seg_test")]
+)
+def test_folders_that_are_splits_however_named(fill, tmp_path, train, test):
+    fill(tmp_path / "mine" / train, 10)
+    fill(tmp_path / "mine" / test, 3)
+    data = load_data(f"folder:{tmp_path / 'mine'}")
+    assert (len(data.train), len(data.val), len(data.test)) == (27, 3, 9)
+    assert data.class_names == CLASSES
+
+
+def test_a_class_may_be_called_as_a_split_is(fill, tmp_path):
+    data = load_data(f"folder:{fill(tmp_path / 'mine', 20, ('bus', 'car', 'train'))}")
+    assert data.class_names == ("bus", "car", "train")
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (("val", "test"), "has no folder to train on beside test, val"),
+        (("train", "Training", "test"), "has several folders for train: Training, train"),
+    ],
+)
+def test_folders_that_are_no_splits_together(fill, tmp_path, folders, message):
+    for folder in folders:
+        fill(tmp_path / "mine" / folder, 3)
+    with pytest.raises(DataError, match=message):
+        load_data(f"folder:{tmp_path / 'mine'}")
+
+
+def test_splits_without_class_folders(fill, tmp_path):
+    fill(tmp_path / "mine", 3, ("test1", "train"))
+    with pytest.raises(DataError, match=r"test1 holds no folder of images for each class: .*/CLASS/NAME\.jpg"):
+        load_data(f"folder:{tmp_path / 'mine'}")
+
+
 def test_what_is_not_there_is_held_out_or_none(fill, tmp_path):
     fill(tmp_path / "mine" / "train", 10)
     fill(tmp_path / "mine" / "val", 4)
@@ -202,6 +238,9 @@ def rows_of(encode, rows, first=0):
         ("data/train-00000-of-00002-abcdef.parquet", "data/train-00001-of-00002-abcdef.parquet", "data/test.parquet"),
         ("train.parquet", "train2.parquet", "test.parquet"),
         ("default/train/0000.parquet", "default/train/0001.parquet", "default/test/0000.parquet"),
+        ("Train1.parquet", "Train2.parquet", "Test.parquet"),
+        ("ants_train_0.parquet", "ants_train_1.parquet", "ants_testing.parquet"),
+        ("ants-TRAIN/0.parquet", "ants-TRAIN/1.parquet", "ants-TEST/0.parquet"),
     ],
 )
 def test_parquet_files_however_named(tmp_path, encode, write_parquet, files):
@@ -215,6 +254,14 @@ def test_parquet_files_however_named(tmp_path, encode, write_parquet, files):
     for part, first in ((data.train, 0), (data.val, 0), (data.test, 100)):
         assert part.images[:, 1, 0, 0].tolist() == (part.ids + first).tolist()
         assert part.labels.tolist() == (part.ids % 15 % 3).tolist()
+
+
+def test_files_that_belong_to_no_split_are_named(tmp_path, encode, write_parquet):
+    for file in ("train", "test", "extra"):
+        write_parquet(tmp_path / "mine" / f"{file}.parquet", rows_of(encode, 15), label=[row % 3 for row in range(15)])
+    with pytest.warns(UserWarning, match=r"extra\.parquet are called like none of train, val, test and are not read"):
+        data = load_data(f"parquet:{tmp_path / 'mine'}")
+    assert (len(data.train), len(data.val), len(data.test)) == (14, 1, 15)
 
 
 def test_one_parquet_file(tmp_path, encode, write_parquet):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from shallowdeep.data.files.cache import Rows, content_key, kept_rows
 from shallowdeep.data.files.decode import decode
+from shallowdeep.data.files.names import split_called
 from shallowdeep.data.files.stores import ParquetStore, Part, check_rows, reading
 from shallowdeep.errors import DataError, require
 from shallowdeep.progress import track
@@ -60,8 +61,8 @@ def find_shards(folder: Path, split: str) -> list[Path]:
 def sort_shards(folder: Path, words: Mapping[str, Sequence[str]]) -> dict[str, list[Path]]:
     """Which Parquet files are which split, in whatever way they are named.
 
-    A file belongs to a split when its name begins with one of the split's words, else when its folder's does. Where
-    none does, all are the training split.
+    A file belongs to a split when it is called so, as ``split_called`` reads names, else when its folder is. Where
+    none is, all are the training split; where some are, the others are left out with a warning.
 
     Args:
         folder: searched at any depth; or one file.
@@ -77,8 +78,15 @@ def sort_shards(folder: Path, words: Mapping[str, Sequence[str]]) -> dict[str, l
         return {"train": [folder]}
     files = sorted(folder.rglob("*.parquet"))
     splits = {split: [path for path in files if _split_of(path, folder, words) == split] for split in words}
-    if not any(splits.values()):
+    nameless = [str(path.relative_to(folder)) for path in files if not any(path in found for found in splits.values())]
+    if len(nameless) == len(files):
         splits["train"] = files
+    elif nameless:
+        warnings.warn(
+            f"{folder}: {', '.join(nameless[:3])}{'…' if nameless[3:] else ''} are called like none of "
+            f"{', '.join(splits)} and are not read.",
+            stacklevel=2,
+        )
     if not splits["train"]:
         raise DataError(f"no Parquet files to train on under {folder}. Call them train-00000-of-0000N.parquet.")
     for split, found in splits.items():
@@ -90,11 +98,7 @@ def sort_shards(folder: Path, words: Mapping[str, Sequence[str]]) -> dict[str, l
 
 
 def _split_of(path: Path, folder: Path, words: Mapping[str, Sequence[str]]) -> str | None:
-    for name in (path.stem, path.parent.relative_to(folder).name):
-        for split, known in words.items():
-            if re.fullmatch(rf"({'|'.join(known)})([-_.\d].*)?", name):
-                return split
-    return None
+    return split_called(path.stem, words) or split_called(path.parent.relative_to(folder).name, words)
 
 
 def _warn_of_missing(shards: Sequence[Path], split: str) -> None:
