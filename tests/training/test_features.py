@@ -204,6 +204,12 @@ def test_a_stream_has_no_folder(build, plainly, tmp_path):
         fit(build(), batches, strategy="distil", recipe=RECIPE, features=reuse, progress=False)
 
 
+def test_a_stream_of_fewer_samples_than_a_batch_is_refused(build, plainly):
+    batches = [(batch.inputs, batch.labels) for batch in plainly.train.subset(range(60)).batches(30)]
+    with pytest.raises(ConfigError, match=r"a batch of 64 is more than the 60 samples to train on"):
+        fit(build(), batches, strategy="ic_only", recipe=RECIPE, features=ONCE, progress=False)
+
+
 def test_begun_anew_a_run_forgets_what_was_recorded(build, little, tmp_path):
     phases = named_strategy("ic_only", build(), RECIPE)
     doomed = replace(phases[0], objective=DiesAt(phases[0].objective, 2))

@@ -568,10 +568,32 @@ def test_a_checkpoint_of_another_network_is_refused(build, little, tmp_path):
         train(build(), little, "plain", folder=tmp_path, resume=True)
 
 
+def test_a_checkpoint_with_other_taps_is_refused(build, little, tmp_path):
+    train(build(taps=("1", "5")), little, folder=tmp_path)
+    with pytest.raises(FileFormatError, match=r"has its exits at \['1', '5'\], this network at \['2', '5'\]"):
+        train(build(taps=("2", "5")), little, folder=tmp_path, resume=True)
+    kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    del kept["taps"]  # as earlier versions wrote it
+    torch.save(kept, tmp_path / "checkpoint.pt")
+    assert len(train(build(taps=("1", "5")), little, folder=tmp_path, resume=True)) == 3
+
+
+@pytest.mark.parametrize("strategy", ["ic_only", "distil"])
+def test_a_checkpoint_does_not_bring_another_frozen_network(strategy, build, little, tmp_path):
+    train(build(), little, strategy, folder=tmp_path)
+    other = build(seed=1)
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(
+        FileFormatError, match=r"other weights in the frozen network \(.* first 'backbone\.0\.weight'\)"
+    ):
+        train(other, little, strategy, folder=tmp_path, resume=True)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+
+
 def test_identity_is_that_of_earlier_checkpoints(build, little, tmp_path):
     train(build(), little, "ic_only", folder=tmp_path)
     kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert set(kept) == {"identity", "phase", "epochs", "sdn", "optimizer", "history"}
+    assert set(kept) == {"identity", "phase", "epochs", "sdn", "taps", "optimizer", "history"}
     assert kept["identity"] == (
         "digits of 273, seed 0, (Phase(objective=Exits(label_smoothing=0.0), trains='exits', "
         "recipe=Recipe(epochs=3, batch_size=64, optimizer='sgd', lr=0.05, momentum=0.9, nesterov=False, "

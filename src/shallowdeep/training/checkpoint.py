@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import nn, optim
 
 from shallowdeep.errors import FileFormatError
 from shallowdeep.networks.calls import first_line
+from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.storage import misfits, parse_json, replacing, shown, sweep, write_text
 
 
@@ -36,7 +37,7 @@ class Checkpoint:
 
     def save(
         self,
-        sdn: nn.Module,
+        sdn: ShallowDeepNetwork,
         optimizer: optim.Optimizer,
         phase: int,
         epochs: int,
@@ -50,6 +51,7 @@ class Checkpoint:
             "phase": phase,
             "epochs": epochs,
             "sdn": sdn.state_dict(),
+            "taps": list(sdn.taps),
             "optimizer": optimizer.state_dict(),
             "history": json.dumps(history),
         }
@@ -63,8 +65,16 @@ class Checkpoint:
                 why = first_line(error.__context__ if isinstance(error.__context__, OSError) else error)
                 raise OSError(f"cannot write {self.folder / 'checkpoint.pt'}: {why}") from error
 
-    def load(self, sdn: nn.Module, optimizer: optim.Optimizer, phase: int) -> int:
+    def load(
+        self, sdn: ShallowDeepNetwork, optimizer: optim.Optimizer, phase: int, *, frozen: Sequence[str] = ()
+    ) -> int:
         """Bring a phase to where it was left; a checkpoint that is refused changes nothing.
+
+        Args:
+            sdn: changed.
+            optimizer: of the phase, changed.
+            phase: its number.
+            frozen: names of the tensors that no phase up to this one trains: the checkpoint has them as they are.
 
         Returns:
             Epochs of this phase that are done already; all of them (a large number) where a later phase
@@ -76,6 +86,12 @@ class Checkpoint:
         state = self._read()
         if state is None or state["phase"] < phase:
             return 0
+        taps = state.get("taps", list(sdn.taps))  # earlier checkpoints have none
+        if taps != list(sdn.taps):
+            raise FileFormatError(
+                f"{self.folder}/checkpoint.pt has its exits at {shown(taps)}, this network at {list(sdn.taps)}. Use "
+                "another folder."
+            )
         wrong = misfits(sdn.state_dict(), state["sdn"])
         if wrong:
             raise FileFormatError(
@@ -83,13 +99,20 @@ class Checkpoint:
                 f"first {shown(wrong[0])}). Use another folder."
             )
         if state["phase"] == phase:
+            own = sdn.state_dict()
+            moved = [name for name in frozen if not torch.equal(own[name].cpu(), state["sdn"][name])]
+            if moved:
+                raise FileFormatError(
+                    f"{self.folder}/checkpoint.pt has other weights in the frozen network ({len(moved)} tensors, first "
+                    f"{shown(moved[0])}): it is of another network. Use another folder."
+                )
             if not _fits(optimizer, state["optimizer"].get("state")):
                 raise FileFormatError(
                     f"{self.folder}/checkpoint.pt is of another network (its optimiser's). Use another folder."
                 )
             # The settings are the recipe's own: those of the file could only be the same or damaged.
-            own = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own})
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         sdn.load_state_dict(state["sdn"])
         return state["epochs"] if state["phase"] == phase else 1_000_000_000
 

@@ -123,6 +123,7 @@ def fit(
         run.history = checkpoint.read_history()
     with torch.random.fork_rng():
         for number, phase in enumerate(phases):
+            run.frozen = run.frozen and phase.trains == "exits"
             run.train_phase(number, phase, resume=resume)
     return run.history
 
@@ -149,11 +150,15 @@ def _check(sdn: ShallowDeepNetwork, data: Splits, phases: Strategy) -> None:
             "Train it in a loop of your own."
         )
     for phase in phases:
-        if data.train.num_batches(phase.recipe.batch_size, drop_last=True) == 0:
-            raise ConfigError(
-                f"a batch of {phase.recipe.batch_size} is more than the {len(data.train)} samples to train on. "
-                "Lower the batch size (recipe.batch_size)."
-            )
+        _check_batch(data.train, phase)
+
+
+def _check_batch(samples: Samples, phase: Phase) -> None:
+    if samples.num_batches(phase.recipe.batch_size, drop_last=True) == 0:
+        raise ConfigError(
+            f"a batch of {phase.recipe.batch_size} is more than the {len(samples)} samples to train on. "
+            "Lower the batch size (recipe.batch_size)."
+        )
 
 
 def _identity(data: Splits, seed: int, phases: Strategy, features: FeatureReuse) -> str:
@@ -180,6 +185,7 @@ class _Run:
     compile: bool
     progress: bool
     history: list[dict[str, Any]] = field(default_factory=list)
+    frozen: bool = True  # the backbone, in all phases so far
 
     def train_phase(self, number: int, phase: Phase, *, resume: bool) -> None:
         phase = self._in_its_precision(phase)
@@ -189,7 +195,8 @@ class _Run:
         with laid_out_for(self.sdn, recipe), frozen_for(self.sdn, phase), ExitStack() as keeping:
             keeping.enter_context(quick_in_bf16(self.sdn, phase, fabric.device, recipe.precision))
             optimizer = recipe.build_optimizer(trained_by(self.sdn, phase))
-            first = self.checkpoint.load(self.sdn, optimizer, number) if resume else 0
+            untouched = [name for name in self.sdn.state_dict() if self.frozen and not name.startswith("exits.")]
+            first = self.checkpoint.load(self.sdn, optimizer, number, frozen=untouched) if resume else 0
             if first >= recipe.epochs:
                 drop_features(self.checkpoint.folder)  # killed before it came to that
                 return
@@ -239,6 +246,7 @@ class _Run:
             self.sdn.eval()
             with fabric.autocast():
                 found = recorder.record(data)
+            _check_batch(found.passes[0], phase)  # a stream's batches were its own
             network, val = ExitsAlone(self.sdn), None if found.val is None else found.val.to(fabric.device)
             model, wrapped = fabric.setup(self._compiled(network, fabric.device), optimizer)
             seconds = time.perf_counter() - started
