@@ -35,6 +35,12 @@ def test_recipe_takes_the_changes():
         ({"recipe.epochs": "0"}, r"recipe\.epochs = 0: .*greater than 0"),
         ({"zzz": "1"}, r"unknown key 'zzz'\. Known: .*data, data_dir"),
         ({"data.name": "x"}, r"data = .*string"),
+        ({"data_options.labls": "coarse"}, r"unknown key 'data_options\.labls'\. Did you mean data_options\.labels"),
+        ({"data_options.val_size": "3"}, r"unknown key 'data_options\.val_size'"),
+        ({"data_options.seed": "x"}, r"data_options\.seed = 'x': .*integer"),
+        ({"network_options.num_classes": "3"}, r"network_options = .*leave num_classes out"),
+        ({"network_options.image_size": "64"}, r"network_options = .*set image_size"),
+        ({"recipe.milestones": "[34, 59]"}, r"recipe\.milestones\.0 = 34: .*less than 1"),
     ],
 )
 def test_bad_values_are_named(changes, message):
@@ -52,7 +58,10 @@ VALUES = {
     "compile": ("true", True),
     "data": ("cifar10", "cifar10"),
     "data_dir": ("here", "here"),
-    "data_options": ('{labels = "coarse"}', {"labels": "coarse"}),
+    "data_options.image_column": ("pixels", "pixels"),
+    "data_options.label_column": ("species", "species"),
+    "data_options.labels": ("coarse", "coarse"),
+    "data_options.seed": ("3", 3),
     "device": ("cpu", "cpu"),
     "devices": ("2", 2),
     "features.dtype": ("fp16", "fp16"),
@@ -94,6 +103,11 @@ def test_every_key_can_be_set_by_text(key):
     beside = {"backdoor.target": "dog"} if key == "backdoor.rate" else {}  # a rate without a target is refused
     config = load_config(changes={key: text} | beside)
     assert attrgetter(key)(config) == value
+
+
+def test_a_change_that_does_not_go_with_the_recipe():
+    with pytest.raises(ConfigError, match=r"the recipe: .*nesterov needs a momentum above 0"):
+        load_config(changes={"recipe.momentum": "0"}).recipe.build("backbone", "resnet20")
 
 
 @pytest.mark.parametrize("text", [b"seed = ", b"\xff\xfe", b"= 3"])

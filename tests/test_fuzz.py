@@ -197,7 +197,7 @@ SDN = bytes_of(attach(make_network(), torch.zeros(2, 3, 8, 8), taps=["1"]).save)
 NAMED = bytes_of(attach(load_network("resnet20", num_classes=3), torch.zeros(2, 3, 32, 32), taps=["layer1.0"]).save)
 TRACE = bytes_of(make_trace().save)
 CHECKPOINT = make_checkpoint()
-CONFIG = as_text(load_config(changes={"taps": '["a"]', "data_options": '{labels = "x"}'}).model_dump(mode="json"))
+CONFIG = as_text(load_config(changes={"taps": '["a"]', "network_options": '{weights = "x"}'}).model_dump(mode="json"))
 TOML = 'strategy = "plain"\nseed = 4\nshares = [0.2, 0.5]\n[recipe]\nname = "paper"\nepochs = 7\nmilestones = [0.5]\n'
 FILES = {"sdn": SDN, "trace": TRACE, "checkpoint": CHECKPOINT, "config": CONFIG.encode(), "toml": TOML.encode()}
 
@@ -569,7 +569,8 @@ TOML_VALUES = [
 ]  # fmt: skip
 KEYS = [
     "seed", "recipe", "recipe.lr", "recipe.epochs", "recipe.milestones", "shares", "taps", "network", "data_options",
-    "data_options.x", "threads", "init", "recipe.lr.x", "", ".", "a\nb", "recipe.", "x" * 3000,
+    "network_options",
+    "data_options.x", "network_options.x", "threads", "init", "recipe.lr.x", "", ".", "a\nb", "recipe.", "x" * 3000,
 ]  # fmt: skip
 
 
@@ -604,12 +605,14 @@ def test_an_option_sets_itself_alone():
 @pytest.mark.parametrize("value", ["nan", "inf", "0x" + "f" * 500, "0x" + "f" * 6000, "[nan]", "1979-05-27"])
 def test_options_can_be_kept(value):
     with pytest.raises(ConfigError, match="cannot be kept as JSON"):
-        load_config(changes={"data_options.x": value})
+        load_config(changes={"network_options.x": value})
 
 
 def test_words_that_no_file_can_hold():
     with pytest.raises(ConfigError, match="cannot be kept as JSON"):
-        load_config(changes={"data_options.x": "\udcff"})  # how Python hands over a byte of the shell that is no text
+        load_config(
+            changes={"network_options.x": "\udcff"}
+        )  # how Python hands over a byte of the shell that is no text
 
 
 @pytest.mark.parametrize("value", ["inf", "nan", "1e999"])

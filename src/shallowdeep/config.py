@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from shallowdeep.data.triggers import Backdoor, Stamp
 from shallowdeep.errors import ConfigError
@@ -18,7 +18,7 @@ from shallowdeep.networks.attach import SHARES
 from shallowdeep.networks.zoo import NetworkSpec
 from shallowdeep.storage import first_problem, parse_json, shown
 from shallowdeep.training.features import FeatureReuse
-from shallowdeep.training.recipes import Recipe, Trains, named_recipe
+from shallowdeep.training.recipes import Recipe, Share, Trains, named_recipe
 
 
 class RecipeChoice(BaseModel):
@@ -35,7 +35,7 @@ class RecipeChoice(BaseModel):
     nesterov: bool | None = None
     weight_decay: float | None = Field(default=None, ge=0)
     schedule: Literal["constant", "milestones", "one_cycle"] | None = None
-    milestones: tuple[float, ...] | None = None
+    milestones: tuple[Share, ...] | None = None
     warmup: float | None = Field(default=None, gt=0, lt=1)
     clip_norm: float | None = Field(default=None, gt=0)
     label_smoothing: float | None = Field(default=None, ge=0, lt=1)
@@ -43,9 +43,27 @@ class RecipeChoice(BaseModel):
     channels_last: bool | None = None
 
     def build(self, trains: Trains, network: str) -> Recipe:
-        """The recipe for what a phase trains."""
+        """The recipe for what a phase trains.
+
+        Raises:
+            ConfigError: what is changed does not go with the rest of the recipe.
+        """
         changes = self.model_dump(exclude={"name"}, exclude_none=True)
-        return Recipe(**{**named_recipe(self.name, trains, network).model_dump(), **changes})
+        try:
+            return Recipe(**{**named_recipe(self.name, trains, network).model_dump(), **changes})
+        except ValidationError as error:
+            raise ConfigError(f"the recipe: {first_problem(error)}.") from None
+
+
+class DataOptions(BaseModel):
+    """What else ``load_data`` takes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    labels: str = Field(default="fine", description="the data set's label set: fine or coarse")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of the validation split")
+    image_column: str | None = Field(default=None, description="of Parquet files of your own")
+    label_column: str | None = Field(default=None, description="of Parquet files of your own")
 
 
 class BackdoorChoice(BaseModel):
@@ -82,7 +100,7 @@ class RunConfig(BaseModel):
 
     data: str = "digits"
     data_dir: str | None = None
-    data_options: dict[str, Any] = Field(default={}, description="more of load_data, e.g. labels = 'coarse'")
+    data_options: DataOptions = DataOptions()
     val_size: int | None = Field(default=None, ge=0, description="0: none, train on all")
     backdoor: BackdoorChoice = BackdoorChoice()
     network: str = "resnet20"
@@ -105,6 +123,15 @@ class RunConfig(BaseModel):
     validate_every: int = Field(default=1, ge=0)
     features: FeatureReuse = FeatureReuse()
     compile: bool = Field(default=False, description="the training step's network, by PyTorch's compiler")
+
+    @field_validator("network_options")
+    @classmethod
+    def _are_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        if "num_classes" in options:
+            raise ValueError("the number of classes is the data's: leave num_classes out")
+        if "image_size" in options:
+            raise ValueError("the image size is an option of the run: set image_size")
+        return options
 
     @property
     def starts_trained(self) -> bool:
@@ -155,7 +182,7 @@ def _check_kept(config: RunConfig) -> None:
     except (ValueError, RecursionError) as error:
         same, why = False, str(error)
     if not same:
-        raise ConfigError(f"the options cannot be kept as JSON ({why}). Change data_options or network_options.")
+        raise ConfigError(f"the options cannot be kept as JSON ({why}). Change network_options.")
 
 
 def parse_value(text: str) -> Any:
@@ -180,6 +207,7 @@ def config_keys() -> list[str]:
     """All keys of a RunConfig, dotted."""
     groups: dict[str, type[BaseModel]] = {
         "recipe": RecipeChoice,
+        "data_options": DataOptions,
         "features": FeatureReuse,
         "backdoor": BackdoorChoice,
     }

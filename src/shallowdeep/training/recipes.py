@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn, optim
 
 from shallowdeep.errors import UnknownName
 
 Trains = Literal["backbone", "exits", "all"]
+
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Recipe(BaseModel):
@@ -26,7 +28,7 @@ class Recipe(BaseModel):
     nesterov: bool = False
     weight_decay: float = Field(default=5e-4, ge=0, description="on every trained parameter, as the authors do")
     schedule: Literal["constant", "milestones", "one_cycle"] = "milestones"
-    milestones: tuple[float, ...] = Field(default=(), description="progress at which the rate is divided by ten")
+    milestones: tuple[Share, ...] = Field(default=(), description="progress at which the rate is divided by ten")
     warmup: float = Field(default=0.25, gt=0, lt=1, description="share of a one-cycle schedule that rises")
     clip_norm: float | None = Field(default=None, gt=0)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="changes every confidence; off by default")
@@ -34,6 +36,12 @@ class Recipe(BaseModel):
         default="fp32", description="auto: bf16 where the device computes in it"
     )
     channels_last: bool = False
+
+    @model_validator(mode="after")
+    def _momentum_where_needed(self) -> Recipe:
+        if self.optimizer == "sgd" and self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0: raise it, or set nesterov to false")
+        return self
 
     def rate(self, progress: float) -> float:
         """Learning rate at a progress in [0, 1)."""
