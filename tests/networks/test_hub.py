@@ -115,6 +115,12 @@ def test_card_with_everything(sdn):
     assert card.endswith("Trained for a test.\n")
 
 
+@pytest.mark.parametrize(("data", "task"), [("digits", "image-classification"), ("trec", "text-classification")])
+def test_a_card_names_the_task(sdn, data, task):
+    found = metadata(make_card(sdn, INFO | {"data": data}))
+    assert found["model-index"][0]["results"][0]["task"]["type"] == task
+
+
 def test_card_with_nothing(sdn):
     card = make_card(sdn, {})
     found = metadata(card)

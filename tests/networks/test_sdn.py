@@ -233,6 +233,17 @@ def test_half_precision_on_disk(sdn, tiny_net, images, tmp_path):
     assert abs(saved - 2 * floats) < 100  # offsets are written with fewer digits
 
 
+def test_values_beyond_half_precision_are_kept(sdn, tiny_net, tmp_path):
+    weight = next(sdn.parameters()).data
+    weight[0], large = 1e5, weight.clone()
+    large[0] = 1e5
+    sdn.save(tmp_path / "half", dtype=torch.float16)
+    other = ShallowDeepNetwork.load(tmp_path / "half", backbone=tiny_net(seed=1))
+    first, second, *_ = other.parameters()
+    assert torch.equal(first, large)
+    assert torch.equal(second, second.half().float())
+
+
 # Files that are not what they should be
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from shallowdeep.data.text import TEXTS
 from shallowdeep.errors import ConfigError, FileFormatError, NetworkError, UnknownName, require
 from shallowdeep.networks.calls import first_line
 from shallowdeep.networks.zoo import spec_of
@@ -110,7 +111,7 @@ def _metadata(hub: Any, name: str, info: Mapping[str, Any]) -> Any:
         results["model_name"] = f"{name} with early exits"
         results["eval_results"] = [
             hub.EvalResult(
-                task_type="image-classification",
+                task_type=f"{'text' if info['data'] in TEXTS else 'image'}-classification",
                 dataset_type=(info.get("datasets") or [info["data"]])[0],
                 dataset_name=info["data"],
                 dataset_split=info.get("split", "test"),

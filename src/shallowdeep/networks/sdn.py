@@ -197,11 +197,12 @@ class ShallowDeepNetwork(nn.Module):
 
         Args:
             path: where to; replaced when it exists.
-            dtype: store floating-point weights in this type, e.g. ``torch.float16``; ``None``: as they are.
+            dtype: store floating-point weights in this type, e.g. ``torch.float16``; ``None``: as they are. Tensors
+                with values beyond its range stay as they are.
         """
         tensors = self.state_dict()
         if dtype is not None:
-            tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+            tensors = {name: _in_dtype(tensor, dtype) for name, tensor in tensors.items()}
         save_tensors(path, tensors, kind="sdn", info=self._config())
 
     def _config(self) -> dict[str, Any]:
@@ -329,6 +330,13 @@ class ShallowDeepNetwork(nn.Module):
         """Taps and what each exit costs, shown when the network is printed."""
         shares = ", ".join(f"{tap}: {cost:.3f}" for tap, cost in zip(self.taps, self.costs.relative(), strict=False))
         return f"relative cost to each exit: {{{shares}, last: {self.costs.relative()[-1]:.3f}}}"
+
+
+def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    found = tensor.to(dtype)
+    return found if torch.equal(found.isfinite(), tensor.isfinite()) else tensor
 
 
 def _check_sizes(config: Mapping[str, Any], placements: Sequence[Placement], costs: Costs, num_weights: int) -> None:
