@@ -1,6 +1,7 @@
 """A stranger's network and a stranger's images, from the command line to a policy."""
 
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
@@ -14,8 +15,11 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from shallowdeep.cli import app
+from shallowdeep.config import load_config
 from shallowdeep.data.encoded import EncodedImages
+from shallowdeep.data.preprocess import Preprocessing
 from shallowdeep.data.sources import load_data
+from shallowdeep.errors import ConfigError
 from shallowdeep.networks.attach import attach
 from shallowdeep.networks.zoo import load_network
 from shallowdeep.policies.calibrate import calibrate
@@ -108,6 +112,81 @@ def test_a_timm_network_with_weights_of_its_own_gets_its_own_preprocessing(pictu
     assert data.train.preprocessing.mean == wanted["mean"]
     command("record", tmp_path / "run")
     assert len(run.trace("test")) == len(data.test)
+
+
+def test_exits_see_images_as_the_network_they_are_put_on_did(pictures, strangers, tmp_path):
+    prepared = "{image_size = 24, mean = [0.1, 0.2, 0.3], std = [0.4, 0.5, 0.6], crop_share = 1.0}"
+    options = [
+        "--epochs", "1", "--data", f"folder:{pictures}", "--network", "strangers:small", "--device", "cpu",
+        "--threads", "1", "--set", f"network_options.preprocessing={prepared}", "--set", "recipe.batch_size=16",
+        "--set", "shares=[0.8]",
+    ]  # fmt: skip
+    plain, exits, joint = (tmp_path / name for name in ("plain", "exits", "joint"))
+    command("fit", "--strategy", "plain", "--out", plain, *options)
+    command("fit", "--strategy", "ic_only", "--init", plain, "--out", exits, *options)
+    command("fit", "--strategy", "joint", "--init", exits / "sdn.safetensors", "--out", joint, *options)
+    for folder in (plain, exits):
+        command("record", folder)
+    assert torch.equal(Run.open(plain).trace("test").logits[-1], Run.open(exits).trace("test").logits[-1])
+    shutil.rmtree(plain)  # what it was is kept where it is built on
+    shutil.rmtree(exits)
+    run = Run.open(joint)
+    assert [origin.strategy for origin in run.origins] == ["ic_only", "plain"]
+    assert run.load_data(run.load().backbone).train.preprocessing.mean == (0.1, 0.2, 0.3)
+
+
+def test_weights_of_no_run_say_nothing_of_images(pictures, strangers, tmp_path):
+    config = load_config(changes={"data": f"folder:{pictures}", "network": "strangers:small", "init": str(tmp_path)})
+    run = Run(tmp_path / "run", config)
+    assert run.origins == ()
+    net = load_network("strangers:small", num_classes=3, preprocessing=Preprocessing(image_size=24))
+    assert run.load_data(net).train.preprocessing == Preprocessing()
+
+
+def test_a_validation_split_that_the_backbone_has_learned_from_is_refused(strangers, tmp_path):
+    options = [
+        "--epochs", "1", "--data", "digits", "--network", "strangers:small", "--device", "cpu", "--threads", "1",
+        "--set", "shares=[0.8]",
+    ]  # fmt: skip
+    plain, exits = tmp_path / "plain", tmp_path / "exits"
+    command("fit", "--strategy", "plain", "--out", plain, *options, "--set", "val_size=0")
+    refused = [*options, "--strategy", "ic_only", "--init", plain, "--out", exits]
+    message = r"learned from 180 of the 180 validation samples.* Take its own split: val_size=0, data_options\.seed=0"
+    with pytest.raises(ConfigError, match=message):
+        command("fit", *refused)
+    assert not exits.exists()
+    command("fit", *refused, "--set", "val_size=0")
+
+
+def test_the_same_split_in_other_words_is_taken(strangers, tmp_path):
+    options = [
+        "--epochs", "1", "--data", "digits", "--network", "strangers:small", "--device", "cpu", "--threads", "1",
+        "--set", "shares=[0.8]",
+    ]  # fmt: skip
+    plain, exits = tmp_path / "plain", tmp_path / "exits"
+    command("fit", "--strategy", "plain", "--out", plain, *options)
+    command("fit", "--strategy", "ic_only", "--init", plain, "--out", exits, *options, "--set", "val_size=180")
+    assert Run.open(exits).weights.exists()
+
+
+@pytest.mark.parametrize("strategy", ["ic_only", "distil"])
+def test_a_fresh_last_layer_is_not_frozen(pictures, strangers, tmp_path, strategy):
+    torch.manual_seed(0)
+    save_file(load_network("strangers:small", num_classes=5).state_dict(), tmp_path / "five.safetensors")
+    config = load_config(
+        changes={
+            "data": f"folder:{pictures}",
+            "network": "strangers:small",
+            "network_options.weights": str(tmp_path / "five.safetensors"),
+            "shares": "[0.8]",
+            "strategy": strategy,
+        }
+    )
+    run = Run(tmp_path / "run", config)
+    data = run.load_data()
+    with pytest.raises(ConfigError, match=r"last layer of strangers:small is fresh: .* other classes than the 3 of"):
+        run.build(data)
+    Run(tmp_path / "run", config.model_copy(update={"strategy": "joint"})).build(data)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,7 +48,7 @@ def describe_machine(device: str) -> dict[str, Any]:
 
 
 @contextmanager
-def started(folder: Path, config: RunConfig, data: Splits) -> Iterator[None]:
+def started(folder: Path, config: RunConfig, data: Splits, origins: Sequence[RunConfig] = ()) -> Iterator[None]:
     """Write what a run is while it trains; where not even one epoch comes of it, leave no trace of it.
 
     Of several processes, the first one writes.
@@ -57,6 +57,7 @@ def started(folder: Path, config: RunConfig, data: Splits) -> Iterator[None]:
         folder: of the run; what earlier starts said of their environment is kept.
         config: of the run.
         data: that it learns from.
+        origins: of the runs whose weights it starts from, which may be gone one day.
 
     Raises:
         FileFormatError: what earlier starts left is damaged.
@@ -66,6 +67,8 @@ def started(folder: Path, config: RunConfig, data: Splits) -> Iterator[None]:
         yield
         return
     environment = describe_start(folder, describe_environment(data, config.device))
+    if origins:
+        environment["origins"] = [origin.model_dump(mode="json") for origin in origins]
     names = ("config.json", "environment.json", "history.jsonl")
     before = {name: (folder / name).read_text() for name in names if (folder / name).exists()}
     try:
@@ -96,6 +99,7 @@ def describe_start(folder: Path, environment: dict[str, Any]) -> dict[str, Any]:
     before = read_json(path)
     if not isinstance(before, dict) or not isinstance(before.get("earlier", []), list):
         raise FileFormatError(f"{path} describes no environment. Remove it to go on without what it said.")
+    before.pop("origins", None)  # the same at every start
     return environment | {"earlier": [*before.pop("earlier", []), before]}
 
 

@@ -119,7 +119,16 @@ class Samples(Protocol):
 
 @runtime_checkable
 class IndexedSamples(Samples, Protocol):
-    """Samples that are at hand by their number, so that some of them can be taken."""
+    """Samples that are at hand by their number, so that some of them can be taken.
+
+    Attributes:
+        ids: tell the samples of one source apart; subsets keep them.
+    """
+
+    if TYPE_CHECKING:
+
+        @property
+        def ids(self) -> Int[Tensor, " n"]: ...
 
     def subset(self, indices: Sequence[int] | Int[Tensor, " k"], split: str | None = None) -> IndexedSamples:
         """Some of the samples, in the order given; their ids travel along."""

@@ -89,7 +89,7 @@ def prepare_without_data(run: Run, backbone: nn.Module) -> Preparation:
         NetworkError: nothing says what size the images have.
     """
     config = run.config
-    known = preprocessing_of(backbone) if config.starts_trained and not config.init else None
+    known = preprocessing_of(backbone) if run.prepares else None
     if known is not None:
         return Preparation((3, known.image_size, known.image_size), known.mean, known.std, known)
     example = example_inputs_for(backbone)

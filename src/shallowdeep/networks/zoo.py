@@ -102,6 +102,7 @@ def _described(built: Built, preprocessing: Preprocessing | Mapping[str, Any] | 
     plain = as_json(options)
     built.net.shallowdeep_spec = None if plain is None else NetworkSpec(built.spec.name, plain)  # type: ignore[assignment]
     built.net.shallowdeep_preprocessing = prepared  # type: ignore[assignment]
+    built.net.shallowdeep_fresh_head = built.fresh_head  # type: ignore[assignment]
     built.net.shallowdeep_structure = repr(built.net)  # type: ignore[assignment]
     return built.net
 
@@ -119,15 +120,22 @@ def _from_ours(request: Request) -> Built:
     if request.pretrained:
         raise ConfigError(f"no weights are published for {name}. Pass weights=, a file, or train it.")
     net = NETWORKS[name](request.num_classes, image_size)
-    if request.weights is not None:
-        put_weights(net, read_weights(request.weights), request.weights, num_classes=request.num_classes)
-    return Built(net, NetworkSpec(name, {"num_classes": request.num_classes, "image_size": image_size}))
+    fresh = request.weights is not None and put_weights(
+        net, read_weights(request.weights), request.weights, num_classes=request.num_classes
+    )
+    spec = NetworkSpec(name, {"num_classes": request.num_classes, "image_size": image_size})
+    return Built(net, spec, fresh_head=fresh)
 
 
 def spec_of(net: nn.Module) -> NetworkSpec | None:
     """How a network that ``load_network`` built can be built again; ``None`` for any other, or once it was rebuilt."""
     spec, structure = getattr(net, "shallowdeep_spec", None), getattr(net, "shallowdeep_structure", None)
     return spec if structure in (None, repr(net)) else None
+
+
+def has_fresh_head(net: nn.Module) -> bool:
+    """Whether ``load_network`` gave a network weights that are for other classes, and its last layer fresh ones."""
+    return getattr(net, "shallowdeep_fresh_head", False)
 
 
 def rebuild_network(spec: NetworkSpec, *, trust_code: bool = False) -> nn.Module:

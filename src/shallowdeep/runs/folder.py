@@ -25,6 +25,7 @@ from shallowdeep.data.sources import load_data
 from shallowdeep.data.text import TEXTS
 from shallowdeep.errors import ConfigError, FileFormatError, UnknownName
 from shallowdeep.inference.backends import PRECISIONS
+from shallowdeep.networks.hub import WEIGHTS
 from shallowdeep.networks.inputs import preprocessing_of
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.networks.zoo import NetworkSpec
@@ -88,17 +89,39 @@ class RunFolder:
     @property
     def weights(self) -> Path:
         """Where the trained network lies."""
-        return self.folder / "sdn.safetensors"
+        return self.folder / WEIGHTS
+
+    @property
+    def origins(self) -> tuple[RunConfig, ...]:
+        """Configurations of the runs that the backbone's first weights come from, the nearest first.
+
+        As far as they are known: ``init`` may name weights that are in no run.
+        """
+        path = self.folder / "environment.json"
+        environment = read_json(path) if path.exists() else None
+        kept = environment.get("origins") if isinstance(environment, dict) else None
+        if kept is None:
+            return _origins_of(self.config.init)
+        try:
+            return tuple(RunConfig.model_validate(values) for values in kept)
+        except (ValidationError, TypeError):
+            raise FileFormatError(f"{path} names origins that are no runs. Remove it to go on without it.") from None
+
+    @property
+    def prepares(self) -> bool:
+        """Whether images are prepared as the network says: it came trained, here or in the run it first was in."""
+        first = (self.config, *self.origins)[-1]
+        return first.init is None and first.starts_trained
 
     def load_data(self, net: nn.Module | None = None) -> Splits:
-        """The run's data; images prepared for a network that comes trained, where that is given."""
+        """The run's data; images prepared for ``net``, where that is given and the run ``prepares`` them."""
         config = self.config
-        options = {"data_dir": config.data_dir, "val_size": config.val_size, **config.data_options}
-        prepared = None if net is None or config.init else preprocessing_of(net)
         of_images = config.data not in ("digits", *TEXTS)
-        if prepared is not None and config.starts_trained and of_images:
-            options["preprocessing"] = prepared
-        return load_data(config.data, **options)
+        prepared = preprocessing_of(net) if net is not None and of_images and self.prepares else None
+        options = config.data_options.model_dump()
+        return load_data(
+            config.data, data_dir=config.data_dir, val_size=config.val_size, preprocessing=prepared, **options
+        )
 
     def load(self) -> ShallowDeepNetwork:
         """The trained network, in evaluation mode.
@@ -212,6 +235,14 @@ class RunFolder:
         environment = read_json(self.folder / "environment.json")
         values = {**more, **result.to_dict(), "config": self.config.model_dump(mode="json"), "environment": environment}
         write_json(self.folder / "results" / f"{name}.json", values)
+
+
+def _origins_of(init: str | None) -> tuple[RunConfig, ...]:
+    place = Path() if init is None else Path(init).parent if Path(init).name == WEIGHTS else Path(init)
+    if init is None or not (place / "config.json").is_file():
+        return ()
+    run = RunFolder.open(place)
+    return (run.config, *run.origins)
 
 
 def check_split(split: str) -> None:

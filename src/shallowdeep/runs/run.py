@@ -26,8 +26,9 @@ from shallowdeep.inference.timing.bench import DEFAULT_BACKENDS, first_samples, 
 from shallowdeep.inference.timing.speed import SpeedReport
 from shallowdeep.networks.attach import attach
 from shallowdeep.networks.backbones.weights import put_weights
+from shallowdeep.networks.hub import WEIGHTS
 from shallowdeep.networks.sdn import ShallowDeepNetwork
-from shallowdeep.networks.zoo import load_network
+from shallowdeep.networks.zoo import has_fresh_head, load_network
 from shallowdeep.policies.calibrate import calibrate
 from shallowdeep.policies.replay import Decisions, replay
 from shallowdeep.policies.rules import Confidence, ExitPolicy
@@ -57,6 +58,12 @@ class Run(RunFolder):
             torch.manual_seed(config.seed)
             net = self.build_network(data)
             taps = () if config.strategy == "plain" else config.taps
+            if config.strategy in ("ic_only", "distil") and config.init is None and has_fresh_head(net):
+                raise ConfigError(
+                    f"{config.strategy} leaves the backbone as it is, and the last layer of {config.network} is fresh: "
+                    f"its weights are for other classes than the {data.num_classes} of {config.data}. Train it on them "
+                    "first (--strategy plain), then --init RUN."
+                )
             sdn = attach(net, data.example_inputs, shares=config.shares, taps=taps)
         if config.init is not None:
             _load_backbone(sdn, Path(config.init))
@@ -83,7 +90,7 @@ class Run(RunFolder):
         data = self._data_for_training()
         sdn = self.build(data)
         strategy = named_strategy(config.strategy, sdn, lambda trains: config.recipe.build(trains, config.network))
-        with num_threads(config.threads), started(self.folder, config, data):
+        with num_threads(config.threads), started(self.folder, config, data, self.origins):
             fit(
                 sdn,
                 data,
@@ -106,8 +113,9 @@ class Run(RunFolder):
 
     def _data_for_training(self) -> Splits:
         data = self.load_data()
-        if self.config.starts_trained and ":" in self.config.network:
+        if self.prepares and ":" in self.config.network:
             data = self.load_data(self.build_network(data))  # only the network knows how its images are prepared
+        self._check_held_out(data)
         backdoor = self.config.backdoor.build()
         if backdoor is None:
             return data
@@ -115,6 +123,26 @@ class Run(RunFolder):
         stamp(data.train.subset(range(1)) if isinstance(data.train, IndexedSamples) else data.train, backdoor.stamp)
         backdoor.target_in(data.class_names)
         return replace(data, train=poison(data.train, backdoor)) if backdoor.rate else data
+
+    def _check_held_out(self, data: Splits) -> None:
+        """Refuse a validation split that the backbone has learned from: no threshold chosen on it would hold."""
+        if not isinstance(data.val, IndexedSamples):
+            return
+        config, held_out = self.config, set(data.val.ids.tolist())
+        for origin in self.origins:
+            split = {"val_size": origin.val_size, "data_options.seed": origin.data_options.seed}
+            if origin.data != config.data or list(split.values()) == [config.val_size, config.data_options.seed]:
+                continue
+            options = config.data_options.model_copy(update={"seed": origin.data_options.seed})
+            changes = {"val_size": origin.val_size, "data_options": options}
+            learned = Run(self.folder, config.model_copy(update=changes)).load_data().train
+            seen = held_out.intersection(learned.ids.tolist()) if isinstance(learned, IndexedSamples) else ()
+            if seen:
+                words = ", ".join(f"no {key}" if value is None else f"{key}={value}" for key, value in split.items())
+                raise ConfigError(
+                    f"the backbone of {config.init} has learned from {len(seen)} of the {len(held_out)} validation "
+                    f"samples, and thresholds chosen on those would not hold. Take its own split: {words}"
+                )
 
     def record(
         self, splits: Iterable[str] | None = None, *, precision: str = "fp32", progress: bool = True
@@ -352,7 +380,7 @@ def _side(inputs: Any) -> int | None:
 
 
 def _load_backbone(sdn: ShallowDeepNetwork, path: Path) -> None:
-    path = path / "sdn.safetensors" if path.is_dir() else path
+    path = path / WEIGHTS if path.is_dir() else path
     tensors, _ = load_tensors(path, kind="sdn")
     prefix = "backbone."
     weights = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

@@ -44,11 +44,11 @@ def from_hf(request: Request) -> Built:
             config.pad_token_id = end if isinstance(end, int) and end < config.vocab_size else 0
         config.architectures = config.architectures or []  # else some types do not know which of two they are
         if origin is None or request.pretrained is False or values is not None:
-            net = auto.from_config(config, trust_remote_code=False)
+            net, fresh = auto.from_config(config, trust_remote_code=False), False
         else:
-            net = _trained(auto, config, origin, request)
+            net, fresh = _trained(auto, config, origin, request)
     preprocessing = None if origin is None or values is not None else _preprocessing(transformers, origin, request)
-    return Built(net, _spec(request, net, origin, task), preprocessing)
+    return Built(net, _spec(request, net, origin, task), preprocessing, fresh)
 
 
 def _origin(transformers: Any, request: Request, values: Any) -> str | None:
@@ -106,7 +106,8 @@ def _set_image_size(request: Request, config: Any, auto: Any) -> None:
     config.image_size = request.image_size
 
 
-def _trained(auto: Any, config: Any, origin: str, request: Request) -> nn.Module:
+def _trained(auto: Any, config: Any, origin: str, request: Request) -> tuple[nn.Module, bool]:
+    """A network with its weights, and whether some layer has none among them."""
     net, report = auto.from_pretrained(
         origin,
         config=config,
@@ -121,7 +122,7 @@ def _trained(auto: Any, config: Any, origin: str, request: Request) -> nn.Module
             f"the weights of {request.full_name} do not fit the network: '{wrong[0]}' has another shape. "
             "Leave out the options that change it."
         )
-    return net
+    return net, bool(_mismatched(report) or report.get("missing_keys"))
 
 
 def _mismatched(report: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -72,11 +72,19 @@ class Request:
 
 @dataclass(frozen=True)
 class Built:
-    """A network, what builds it again without weights, and how its images are prepared."""
+    """A network, what builds it again without weights, and how its images are prepared.
+
+    Attributes:
+        net: the network.
+        spec: what builds it again, with fresh weights.
+        preprocessing: of its images, where the library says it.
+        fresh_head: whether all but its classification layer came with weights, which are for other classes.
+    """
 
     net: nn.Module
     spec: NetworkSpec
     preprocessing: Preprocessing | None = None
+    fresh_head: bool = False
 
 
 def from_timm(request: Request) -> Built:
@@ -93,20 +101,26 @@ def from_timm(request: Request) -> Built:
         if ":" not in name and request.image_size is not None and _is_fixed(timm, name):
             options.setdefault("img_size", request.image_size)
         if is_file:
-            net = _timm_from_file(timm, name, request, options)
+            net, fresh = _timm_from_file(timm, name, request, options)
         else:
             trained = bool(request.pretrained or request.weights)
             net = timm.create_model(name, pretrained=trained, num_classes=request.num_classes, **options)
+            own = dict(getattr(net, "pretrained_cfg", {})).get("num_classes")
+            fresh = trained and request.num_classes not in (None, own)
     config = dict(getattr(net, "pretrained_cfg", {}))
     if ":" in name:
         name, options = config.get("architecture", name), {**getattr(net, "_model_args", {}), **options}
     side = options.pop("img_size", None) if request.image_size is not None else options.get("img_size")
     spec = NetworkSpec(f"timm:{name}", {**options, **request.asked, "num_classes": net.num_classes})
-    return Built(net, spec, _timm_preprocessing(config, request.image_size or side))
+    return Built(net, spec, _timm_preprocessing(config, request.image_size or side), fresh)
 
 
-def _timm_from_file(timm: Any, name: str, request: Request, options: Mapping[str, Any]) -> Any:
-    """A network with the file's own head, so that timm insists on every tensor, then with the head asked for."""
+def _timm_from_file(timm: Any, name: str, request: Request, options: Mapping[str, Any]) -> tuple[Any, bool]:
+    """A network with the file's own head, so that timm insists on every tensor, then with the head asked for.
+
+    Returns:
+        The network, and whether that is a fresh one.
+    """
     config = timm.get_pretrained_cfg(name)
     classifier = (config.classifier if config else None) or ""
     first = classifier if isinstance(classifier, str) else classifier[0]
@@ -114,9 +128,10 @@ def _timm_from_file(timm: Any, name: str, request: Request, options: Mapping[str
     own = request.num_classes if bias is None else len(bias)
     overlay = {"file": request.weights, "custom_load": False, **({} if own is None else {"num_classes": own})}
     net = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=own, **options)
-    if request.num_classes not in (None, own):
+    fresh = request.num_classes not in (None, own)
+    if fresh:
         net.reset_classifier(request.num_classes)
-    return net
+    return net, fresh
 
 
 def _is_fixed(timm: Any, name: str) -> bool:
@@ -145,11 +160,13 @@ def from_torchvision(request: Request) -> Built:
     options = {**_torchvision_defaults(request, trained), **request.options}
     with building(request.full_name):
         net = models.get_model(request.name, weights=None, **options)
+        fresh = False
         if trained:
             state = entry.get_state_dict(progress=False, check_hash=True) if file is None else read_weights(file)
-            put_weights(net, state, file or request.full_name, num_classes=request.num_classes, spare=TRAINING_ONLY)
+            source = file or request.full_name
+            fresh = put_weights(net, state, source, num_classes=request.num_classes, spare=TRAINING_ONLY)
     spec = NetworkSpec(request.full_name, {**options, **request.asked})
-    return Built(net, spec, _torchvision_preprocessing(entry.transforms(), request.image_size))
+    return Built(net, spec, _torchvision_preprocessing(entry.transforms(), request.image_size), fresh)
 
 
 def _torchvision_defaults(request: Request, trained: bool) -> dict[str, Any]:
@@ -186,9 +203,10 @@ def from_function(request: Request) -> Built:
         raise NetworkError(f"{request.full_name} returned a {type(net).__name__}, not an nn.Module.")
     if request.pretrained:
         raise ConfigError(f"nothing is published for {request.full_name}. Pass weights= or an option of its own.")
-    if request.weights is not None:
-        put_weights(net, read_weights(request.weights), request.weights, num_classes=request.num_classes)
-    return Built(net, NetworkSpec(request.full_name, {**request.options, **request.asked}))
+    fresh = request.weights is not None and put_weights(
+        net, read_weights(request.weights), request.weights, num_classes=request.num_classes
+    )
+    return Built(net, NetworkSpec(request.full_name, {**request.options, **request.asked}), fresh_head=fresh)
 
 
 def _imported(request: Request) -> Any:

@@ -56,7 +56,7 @@ def _state_dict(found: Any, path: Path) -> dict[str, Tensor]:
 
 def put_weights(
     net: nn.Module, tensors: Mapping[str, Tensor], source: str, *, num_classes: int | None = None, spare: tuple = ()
-) -> None:
+) -> bool:
     """Load a state dict; classification layers of another number of classes keep their fresh weights.
 
     Args:
@@ -66,6 +66,9 @@ def put_weights(
         num_classes: what was asked for; ``None``: every tensor must fit.
         spare: beginnings of names that the network may lack.
 
+    Returns:
+        Whether a layer kept its fresh weights.
+
     Raises:
         NetworkError: names or shapes differ; nothing was loaded.
     """
@@ -73,9 +76,8 @@ def put_weights(
     # Modules note versions beside their weights; a file of weights alone has lost them.
     own._metadata = getattr(tensors, "_metadata", own._metadata)  # type: ignore[attr-defined]
     given = {name: tensor for name, tensor in tensors.items() if name in own or not name.startswith(tuple(spare))}
-    for name in list(given):
-        if name in own and _other_classes(own[name].shape, given[name].shape, num_classes):
-            given[name] = own[name]
+    fresh = [name for name in given if name in own and _other_classes(own[name].shape, given[name].shape, num_classes)]
+    given |= {name: own[name] for name in fresh}
     wrong = misfits(own, given)
     if wrong:
         raise NetworkError(
@@ -84,6 +86,7 @@ def put_weights(
         )
     own.update(given)
     net.load_state_dict(own)
+    return bool(fresh)
 
 
 def _other_classes(own: torch.Size, given: torch.Size, num_classes: int | None) -> bool:
