@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from shallowdeep.config import RunConfig
 from shallowdeep.data.samples import SPLITS, IndexedSamples, Splits
-from shallowdeep.errors import FileFormatError
+from shallowdeep.errors import ConfigError, FileFormatError
 from shallowdeep.processes import is_first, shard, wait_for_all
 from shallowdeep.storage import read_json, write_json, write_text
 from shallowdeep.training.features import drop_features
@@ -45,6 +46,32 @@ def describe_machine(device: str) -> dict[str, Any]:
         "processes": shard()[1],
         "accelerator": torch.cuda.get_device_name() if device != "cpu" and torch.cuda.is_available() else None,
     }
+
+
+@contextmanager
+def trained_here(folder: Path) -> Iterator[None]:
+    """Keep other trainings out of a run folder; of several processes, the first one does.
+
+    Raises:
+        ConfigError: another training is at it.
+    """
+    if not is_first():
+        yield
+        return
+    lock = folder / "fit.lock"
+    folder.mkdir(parents=True, exist_ok=True)
+    held = FileLock(lock)
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(f"another process trains in {folder}. Wait for its end, or name another folder.") from None
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        held.release()
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 @contextmanager
@@ -82,8 +109,6 @@ def started(folder: Path, config: RunConfig, data: Splits, origins: Sequence[Run
                 (folder / name).unlink(missing_ok=True)
                 if name in before:  # an archived run has no checkpoint, and is a run all the same
                     write_text(folder / name, before[name])
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
         raise
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from shallowdeep.errors import ConfigError, FileFormatError, NetworkError, TrainingDiverged
+from shallowdeep.errors import ConfigError, DataError, FileFormatError, NetworkError, TrainingDiverged
 from shallowdeep.networks.attach import attach
 from shallowdeep.training.features import FeatureReuse
 from shallowdeep.training.loop import fit
@@ -588,6 +588,19 @@ def test_a_checkpoint_does_not_bring_another_frozen_network(strategy, build, lit
     ):
         train(other, little, strategy, folder=tmp_path, resume=True)
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+
+
+def test_what_cannot_be_trained_is_refused_in_words(build, little):
+    with pytest.raises(ConfigError, match=r"1 epoch or more, got epochs=0"):
+        fit(build(), little, epochs=0)
+    with pytest.raises(DataError, match="no samples to train on"):
+        fit(build(), [], strategy="distil")
+
+
+def test_a_network_without_exits_attached_is_refused_in_words():
+    code = "import shallowdeep as sd; from torch import nn; sd.fit(nn.Linear(3, 4), sd.load_data('digits'))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)  # no type checks
+    assert "NetworkError: fit trains a Shallow-Deep Network, got Linear: attach(net, inputs) makes one" in found.stderr
 
 
 def test_identity_is_that_of_earlier_checkpoints(build, little, tmp_path):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from shlex import quote
 from typing import Any, TypeVar
 
 import torch
@@ -82,7 +83,7 @@ class RunFolder:
                     f"{place} holds a run with another configuration ({', '.join(others)}). Name another folder, "
                     "or go on with that run by --resume without other options."
                 )
-        elif place.exists() and any(path.suffix != ".partial" for path in place.iterdir()):
+        elif place.exists() and any(path.suffix not in (".partial", ".lock") for path in place.iterdir()):
             raise ConfigError(f"{place} is neither empty nor a run. Name another folder.")
         return cls(place, config)
 
@@ -127,9 +128,31 @@ class RunFolder:
         """The trained network, in evaluation mode.
 
         Where the run's configuration names a function that builds the network, that is called.
+
+        Raises:
+            FileFormatError: there is none yet, or its file is damaged.
         """
+        self.check_trained()
         name = self.config.network
         return ShallowDeepNetwork.load(self.weights, trust_code=name if NetworkSpec(name).runs_code else False).eval()
+
+    def check_trained(self) -> None:
+        """Say what to do where the training has not come to its end.
+
+        Raises:
+            FileFormatError: the network is not there.
+        """
+        if self.weights.exists():
+            return
+        if (self.folder / "checkpoint.pt").exists():
+            done = len((self.folder / "history.jsonl").read_bytes().splitlines())
+            raise FileFormatError(
+                f"{self.folder} is not trained to its end ({done} {'epochs' if done > 1 else 'epoch'} done). Go on: "
+                f"shallowdeep fit --out {quote(str(self.folder))} --resume"
+            )
+        raise FileFormatError(
+            f"{self.folder} holds no trained network, {self.weights.name}. Train it, or bring it back."
+        )
 
     def trace_file(self, split: str, precision: str) -> Path:
         """Where a split's Trace lies, or would."""
@@ -162,7 +185,8 @@ class RunFolder:
             )
         if not path.exists():
             others = sorted(file.stem for file in path.parent.glob("*.safetensors"))
-            hint = f"Make it: shallowdeep record {self.folder}{option(precision)}"
+            self.check_trained()
+            hint = f"Make it: shallowdeep record {quote(str(self.folder))}{option(precision)}"
             if others:
                 hint += f", if the data has such a split; there are {', '.join(others)}"
             kind = "Trace" if precision == "fp32" else f"{precision} Trace"
@@ -180,7 +204,7 @@ class RunFolder:
         if precision not in PRECISIONS:
             raise UnknownName("precision", precision, PRECISIONS)
         path = self.policy_file(precision)
-        command = f"shallowdeep calibrate {self.folder}{option(precision)} --max-cost 0.5"
+        command = f"shallowdeep calibrate {quote(str(self.folder))}{option(precision)} --max-cost 0.5"
         if not path.exists() and precision != "fp32":
             raise ConfigError(
                 f"{self.folder} has no policy for {precision}, which answers otherwise than fp32. Choose one: {command}"

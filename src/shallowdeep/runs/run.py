@@ -28,12 +28,12 @@ from shallowdeep.networks.attach import attach
 from shallowdeep.networks.backbones.weights import put_weights
 from shallowdeep.networks.hub import WEIGHTS
 from shallowdeep.networks.sdn import ShallowDeepNetwork
-from shallowdeep.networks.zoo import has_fresh_head, load_network
+from shallowdeep.networks.zoo import NetworkSpec, has_fresh_head, load_network
 from shallowdeep.policies.calibrate import calibrate
 from shallowdeep.policies.replay import Decisions, replay
 from shallowdeep.policies.rules import Confidence, ExitPolicy
 from shallowdeep.processes import is_first, join, make_fabric, num_threads, wait_for_all
-from shallowdeep.provenance import describe_environment, started
+from shallowdeep.provenance import describe_environment, started, trained_here
 from shallowdeep.runs.folder import RunFolder, check_split, suffix
 from shallowdeep.storage import load_tensors, sweep, write_json
 from shallowdeep.traces.record import record
@@ -58,7 +58,14 @@ class Run(RunFolder):
             torch.manual_seed(config.seed)
             net = self.build_network(data)
             taps = () if config.strategy == "plain" else config.taps
-            if config.strategy in ("ic_only", "distil") and config.init is None and has_fresh_head(net):
+            kept = config.strategy in ("ic_only", "distil") and config.init is None
+            if kept and NetworkSpec(config.network).runs_code and not config.network_options.get("weights"):
+                warnings.warn(
+                    f"{config.strategy} leaves the backbone as it is: {config.network} is taken to return it trained. "
+                    "Else give a run that trained it, --init RUN.",
+                    stacklevel=2,
+                )
+            if kept and has_fresh_head(net):
                 raise ConfigError(
                     f"{config.strategy} leaves the backbone as it is, and the last layer of {config.network} is fresh: "
                     f"its weights are for other classes than the {data.num_classes} of {config.data}. Train it on them "
@@ -82,33 +89,38 @@ class Run(RunFolder):
         return load_network(config.network, num_classes=data.num_classes, image_size=size, **config.network_options)
 
     def fit(self, *, resume: bool = False, progress: bool = True) -> ShallowDeepNetwork:
-        """Train and save the network; one that is there already is only loaded."""
+        """Train and save the network; with ``resume``, one that is there already is only loaded.
+
+        Raises:
+            ConfigError: another process trains in this folder, or the configuration does not fit together.
+        """
         if resume and self.weights.exists():
             return self.load()
         config = self.config
         join(config.device, devices=config.devices, num_nodes=config.num_nodes)
-        data = self._data_for_training()
-        sdn = self.build(data)
-        strategy = named_strategy(config.strategy, sdn, lambda trains: config.recipe.build(trains, config.network))
-        with num_threads(config.threads), started(self.folder, config, data, self.origins):
-            fit(
-                sdn,
-                data,
-                strategy=strategy,
-                seed=config.seed,
-                device=config.device,
-                devices=config.devices,
-                num_nodes=config.num_nodes,
-                folder=self.folder,
-                resume=resume,
-                validate_every=config.validate_every,
-                features=config.features,
-                compile=config.compile,
-                progress=progress,
-            )
-        if is_first():
-            sdn.save(self.weights)
-        wait_for_all()
+        with trained_here(self.folder):
+            data = self._data_for_training()
+            sdn = self.build(data)
+            strategy = named_strategy(config.strategy, sdn, lambda trains: config.recipe.build(trains, config.network))
+            with num_threads(config.threads), started(self.folder, config, data, self.origins):
+                fit(
+                    sdn,
+                    data,
+                    strategy=strategy,
+                    seed=config.seed,
+                    device=config.device,
+                    devices=config.devices,
+                    num_nodes=config.num_nodes,
+                    folder=self.folder,
+                    resume=resume,
+                    validate_every=config.validate_every,
+                    features=config.features,
+                    compile=config.compile,
+                    progress=progress,
+                )
+            if is_first():
+                sdn.save(self.weights)
+            wait_for_all()
         return sdn
 
     def _data_for_training(self) -> Splits:
@@ -380,7 +392,10 @@ def _side(inputs: Any) -> int | None:
 
 
 def _load_backbone(sdn: ShallowDeepNetwork, path: Path) -> None:
-    path = path / WEIGHTS if path.is_dir() else path
+    if path.is_dir():
+        if (path / "config.json").exists():
+            Run.open(path).check_trained()
+        path = path / WEIGHTS
     tensors, _ = load_tensors(path, kind="sdn")
     prefix = "backbone."
     weights = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

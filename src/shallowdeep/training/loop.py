@@ -15,7 +15,7 @@ from torch import nn
 
 from shallowdeep.data.samples import Samples, Splits
 from shallowdeep.data.streams import Stream, as_splits
-from shallowdeep.errors import ConfigError, NetworkError
+from shallowdeep.errors import ConfigError, DataError, NetworkError
 from shallowdeep.networks.compiler import check_compiler
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.processes import is_first
@@ -101,10 +101,15 @@ def fit(
         ConfigError: a batch is more than the training split or cannot be shared out among the processes, or a
             phase has nothing to train; features are to be recorded where no phase freezes the backbone, or by
             several processes; there is no compiler.
-        DataError: the strategy needs labels, and the data has none.
-        NetworkError: the network has fewer outputs than the data has classes, or several label sets.
+        DataError: there are no samples, or no labels where the strategy needs them.
+        NetworkError: it is no Shallow-Deep Network, or it has fewer outputs than the data has classes, or several
+            label sets.
         FileFormatError: the checkpoint is damaged, or of another run.
     """
+    if not isinstance(sdn, ShallowDeepNetwork):
+        raise NetworkError(
+            f"fit trains a Shallow-Deep Network, got {type(sdn).__name__}: attach(net, inputs) makes one."
+        )
     phases = (
         tuple(replace(phase, recipe=with_epochs(phase.recipe, epochs)) for phase in strategy)
         if isinstance(strategy, tuple)
@@ -139,6 +144,8 @@ def _knowing_classes(data: Splits, num_outputs: int) -> Splits:
 
 
 def _check(sdn: ShallowDeepNetwork, data: Splits, phases: Strategy) -> None:
+    if not data.train.num_batches(1):
+        raise DataError("there are no samples to train on.")
     if sdn.num_outputs < data.num_classes:
         raise NetworkError(
             f"the network has {sdn.num_outputs} outputs, the data {data.num_classes} classes. "

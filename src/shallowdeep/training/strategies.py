@@ -106,5 +106,11 @@ def named_strategy(
 
 
 def with_epochs(recipe: Recipe, epochs: int | None) -> Recipe:
-    """The same recipe over another length; ``None``: over its own."""
+    """The same recipe over another length; ``None``: over its own.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if epochs is not None and epochs < 1:
+        raise ConfigError(f"a phase lasts 1 epoch or more, got epochs={epochs}.")
     return recipe if epochs is None else Recipe(**{**recipe.model_dump(), "epochs": epochs})
