@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -14,9 +16,18 @@ from typer.testing import CliRunner
 from shallowdeep.cli import app
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.policies.replay import replay
+from shallowdeep.provenance import trained_here
 from shallowdeep.runs.run import Run
 from shallowdeep.storage import load_tensors, save_tensors
 from shallowdeep.traces.trace import Trace
+
+FEW = """
+from torch import nn
+
+def small(num_classes):
+    net = [nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2), nn.ReLU()]
+    return nn.Sequential(*net, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +136,29 @@ def test_probe(shell):
         assert re.search(rf"{re.escape(tap)}\s+0\.\d+\s+{got}", out)
     assert "251.5 MFLOPs" in out
     assert "a later layer still wants" in out
+
+
+def test_probe_of_a_small_network_shows_what_there_is(shell, tmp_path, monkeypatch):
+    (tmp_path / "few.py").write_text(FEW)
+    monkeypatch.syspath_prepend(tmp_path)
+    code, out, err = shell("probe", "few:small", "--image-size", 16)
+    assert (code, err) == (0, "")
+    assert [line.split()[:2] for line in out.partition("Exits")[2].splitlines()[4:6]] == [["0", "1"], ["1", "5"]]
+    code, out, err = shell("probe", "few:small", "--image-size", 16, "--shares", 0.1, "--shares", 0.2, "--shares", 0.3)
+    assert code == 2
+    assert "3 exits were asked for, but this network has 2 legal sites" in err
+    assert "MFLOPs" in out  # the sites are there all the same
+
+
+def test_a_network_that_a_function_returns_is_taken_for_trained_and_that_is_said(shell, tmp_path, monkeypatch):
+    (tmp_path / "few.py").write_text(FEW)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ["--network", "few:small", "--epochs", 1, "--set", "shares=[0.5]", "--out", tmp_path / "out"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # as on a terminal
+        code, _, err = shell("fit", "--strategy", "ic_only", *options)
+    assert code == 0
+    assert "warning: ic_only leaves the backbone as it is: few:small is taken to return it trained" in err
 
 
 def test_probe_lists_names(shell):
@@ -266,6 +300,35 @@ def test_resume_needs_no_other_option(runs, shell):
     code, out, _ = shell("fit", "--out", runs / "ic", "--resume")
     assert code == 0
     assert "Trained" in out
+
+
+def test_two_trainings_do_not_share_a_folder(runs, tmp_path, shell):
+    options = ["--network", "resnet20", "--epochs", 1, "--set", "recipe.batch_size=64", "--out", tmp_path / "out"]
+    with trained_here(tmp_path / "out"):
+        code, _, err = shell("fit", "--strategy", "plain", *options)
+        assert code == 2
+        assert f"another process trains in {tmp_path / 'out'}" in err
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["fit.lock"]
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "fit.lock").touch()  # of a process that was killed
+    assert shell("fit", "--strategy", "plain", *options)[0] == 0
+    assert not (tmp_path / "out" / "fit.lock").exists()
+
+
+@pytest.mark.parametrize("command", ["record", "calibrate", "explore", "fit"])
+def test_an_unfinished_training_says_how_to_go_on(runs, tmp_path, shell, command):
+    folder = tmp_path / "un finished"
+    shutil.copytree(runs / "plain", folder, ignore=shutil.ignore_patterns("sdn.safetensors", "traces"))
+    words = {
+        "calibrate": [folder, "--max-cost", 0.5],
+        "fit": ["--init", folder, "--network", "resnet20", "--strategy", "ic_only", "--out", tmp_path / "out"],
+    }
+    code, _, err = shell(command, *words.get(command, [folder]))
+    assert code == 2
+    assert f"not trained to its end (1 epoch done). Go on: shallowdeep fit --out '{folder}' --resume" in err
+    (folder / "checkpoint.pt").unlink()
+    assert "holds no trained network, sdn.safetensors" in shell(command, *words.get(command, [folder]))[2]
 
 
 def test_an_archived_run_is_a_run(runs, tmp_path):

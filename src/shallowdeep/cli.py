@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -35,7 +36,9 @@ def demo(
     from shallowdeep.demo import run_demo
 
     run_demo(out, say=typer.echo, resume=resume)
-    typer.echo(f"\nRun folders: {out}/plain, ic_only, joint\nLook closer: shallowdeep analyze {out / 'ic_only'}")
+    typer.echo(
+        f"\nRun folders: {out}/plain, ic_only, joint\nLook closer: shallowdeep analyze {quote(str(out / 'ic_only'))}"
+    )
 
 
 @app.command()
@@ -48,7 +51,8 @@ def probe(
     everywhere: Annotated[bool, typer.Option(help="look inside every block, however cheap")] = False,
 ) -> None:
     """Prove where exits may sit, and show where they would."""
-    from shallowdeep.networks.attach import SHARES, attach
+    from shallowdeep.networks.attach import SHARES, attach, total_flops
+    from shallowdeep.networks.costs import count_params
     from shallowdeep.networks.inputs import example_inputs_for
     from shallowdeep.networks.sites import probe
     from shallowdeep.networks.zoo import load_network, networks
@@ -58,11 +62,10 @@ def probe(
         return
     net = load_network(network, num_classes=num_classes, image_size=image_size, **options(set_ or []))
     example = example_inputs_for(net)
-    sdn = attach(net, example, shares=tuple(shares or SHARES))
-    total = sdn.costs.backbone_flops[-1]
+    total = total_flops(net, example)
     sites = probe(net, example, split_over=0.0 if everywhere else 0.1)
     show(
-        f"{network}: {total / 1e6:.1f} MFLOPs, {sdn.costs.backbone_params[-1] / 1e6:.3f} M parameters",
+        f"{network}: {total / 1e6:.1f} MFLOPs, {count_params(net) / 1e6:.3f} M parameters",
         [
             {
                 "site": site.name,
@@ -74,7 +77,10 @@ def probe(
             for site in sites
         ],
     )
-    show("Exits", placements(sdn))
+    places = len({site.flops for site in sites if site.legal and 0 < site.flops < total})
+    usual = SHARES if places >= len(SHARES) or everywhere else [(i + 1) / (places + 1) for i in range(places)]
+    if shares or usual:
+        show("Exits", placements(attach(net, example, shares=tuple(shares or usual))))
 
 
 @app.command()
@@ -120,7 +126,7 @@ def fit(
         return
     if sdn.exits:
         show("Exits", placements(sdn))
-    typer.echo(f"Trained: {run.weights}\nNext: shallowdeep record {out}")
+    typer.echo(f"Trained: {run.weights}\nNext: shallowdeep record {quote(str(out))}")
 
 
 @app.command()
@@ -184,7 +190,7 @@ def calibrate(
         rule=rule,
         answer=answer,
     )
-    steps = f"replay {run}" if precision == "fp32" else f"bench {run} --precision {precision}"
+    steps = f"replay {quote(str(run))}" if precision == "fp32" else f"bench {quote(str(run))} --precision {precision}"
     typer.echo(f"{chosen.policy(precision)}\nOn validation: {decisions}\nNext: shallowdeep {steps}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -58,7 +59,7 @@ def make_fabric(
             )
         fabric.launch()
     except Exception as error:  # ValueError, RuntimeError or Fabric's own, as the accelerator has it
-        why = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        why = textwrap.shorten(str(error), 200, placeholder="…") or type(error).__name__
         count = f" (devices={devices or 1}, num_nodes={num_nodes})" if several else ""
         raise ConfigError(
             f"device '{device}'{count} cannot be used here: {why}. Take 'auto', 'cpu', or 'cuda' where there is one."

@@ -107,7 +107,8 @@ def choose_sites(sites: Sequence[Site], shares: Sequence[float], flops: int) -> 
         raise IllegalTap(
             f"{len(shares)} exits were asked for, but this network has {len(candidates)} legal sites with "
             f"distinct costs: {', '.join(site.name for site in candidates.values()) or 'none'}. "
-            "Ask for fewer shares, or look deeper with probe(net, inputs, split_over=0) and pass taps=."
+            "Ask for fewer shares (fit --set 'shares=[0.3,0.6]'), or look deeper (probe(net, inputs, split_over=0) or "
+            "probe --everywhere) and pass taps=."
         )
     chosen: list[Site] = []
     depths = sorted(candidates)

@@ -68,7 +68,7 @@ def _sides(net: nn.Module, config: Any, options: dict[str, Any]) -> tuple[int, i
             return size[0], size[1]
     raise NetworkError(
         f"cannot tell what inputs this {type(net).__name__} takes. "
-        "Pass example inputs of your own, or image_size= to load_network."
+        "Pass example inputs of your own, or image_size= to load_network (--image-size)."
     )
 
 

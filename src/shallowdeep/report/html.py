@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,4 +130,4 @@ def templates_in(folder: Path, *, extra: str = "report") -> Any:
 
 
 def _command(runs: Sequence[Run], out: Path) -> str:
-    return f"shallowdeep report {' '.join(run.folder.name for run in runs)} --out {out.name}"
+    return shlex.join(["shallowdeep", "report", *(str(run.folder) for run in runs), "--out", str(out)])

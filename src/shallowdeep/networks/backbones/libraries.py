@@ -215,7 +215,8 @@ def _imported(request: Request) -> Any:
     except ImportError as error:
         raise NetworkError(
             f"cannot import '{request.source}' for the network {request.full_name} ({error}). "
-            "A name with a colon is timm:…, torchvision:…, hf:… or package.module:function."
+            "A name with a colon is timm:…, torchvision:…, hf:… or package.module:function, where the package is "
+            "installed or PYTHONPATH leads to it."
         ) from error
     build = getattr(module, request.name, None)
     if not callable(build):
