@@ -93,18 +93,14 @@ class Comparison:
         answers = joined([engine(part) for part in self.images.split(MICRO_BATCH if calls else len(self.images))])
         if precision == "fp32":
             return self.figures(answers, self.trace, policy)
-        own = engine.record(self.test, batch_size=MICRO_BATCH)  # of the exits that the policy looks at, numbered anew
-        return self.figures(answers, own, dataclasses.replace(policy, exits=None), engine.exits)  # type: ignore[type-var]
+        return self.figures(answers, engine.record(self.test, batch_size=MICRO_BATCH), policy)
 
-    def figures(
-        self, answers: sd.Answers, trace: sd.Trace, policy: sd.ExitPolicy, exits: list[int] | None = None
-    ) -> dict[str, Any]:
-        """Answers against a replay; ``exits`` are those of the Trace, all where not given."""
-        found = answers.exits if exits is None else np.searchsorted(exits, answers.exits)
+    def figures(self, answers: sd.Answers, trace: sd.Trace, policy: sd.ExitPolicy) -> dict[str, Any]:
+        """Answers against a replay."""
         shares = np.bincount(answers.exits, minlength=self.sdn.num_exits) / len(answers)
         return {
             "n": len(answers),
-            **agreement(answers.labels, found, trace, policy),
+            **agreement(answers.labels, answers.exits, trace, policy),
             "accuracy": float((answers.labels == trace.true_labels.numpy()).mean()),
             "cost": float(answers.costs.mean()),
             "exit_shares": shares.round(4).tolist(),

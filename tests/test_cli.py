@@ -9,6 +9,7 @@ import warnings
 from dataclasses import replace
 
 import pytest
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -342,6 +343,18 @@ def test_an_archived_run_is_a_run(runs, tmp_path):
     assert size < 0.6 * sum(
         path.stat().st_size for path in runs.joinpath("ic").rglob("*") if path.name != "checkpoint.pt"
     )
+
+
+def test_what_half_precision_does_not_hold_is_archived_as_it_is(runs, tmp_path):
+    folder = tmp_path / "ic"
+    shutil.copytree(runs / "ic", folder)
+    trace = Trace.load(folder / "traces" / "test.safetensors")
+    wide = replace(trace, logits=(*trace.logits[:-1], 1e6 * trace.logits[-1]))
+    wide.save(folder / "traces" / "test.safetensors")
+    Run.open(folder).archive(tmp_path / "kept")
+    kept = Run.open(tmp_path / "kept")
+    assert torch.equal(kept.trace("test").logits[-1], wide.logits[-1])
+    assert torch.equal(kept.trace("val").logits[0], Run.open(folder).trace("val").logits[0].half().float())
 
 
 def test_a_run_is_shared_with_a_card_of_what_it_knows(runs, tmp_path):

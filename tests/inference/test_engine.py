@@ -22,6 +22,7 @@ from shallowdeep.inference.onnx.onnxruntime import build_onnx, provider_for
 from shallowdeep.inference.onnx.openvino import device_for
 from shallowdeep.inference.runner.sessions import RunnerError
 from shallowdeep.networks.sdn import ShallowDeepNetwork
+from shallowdeep.policies.rules import Verdict
 
 BACKENDS = ["eager", "stages"]
 
@@ -367,8 +368,9 @@ def test_a_tapped_module_that_does_not_run_is_an_error(small, images):
             lambda x: torch.where(torch.arange(len(x)).view(-1, 1, 1, 1) == 7, torch.nan, x),
             "not finite, first in row 7",
         ),
-        (lambda x: {"pixels": x}, "the engine takes inputs; got pixels"),
+        (lambda x: {"pixels": x}, "the network takes inputs; got pixels"),
         (lambda x: [x, "a cat"], "takes tensors only; input_1 is none"),
+        (lambda x: x.numpy(), r"got an array of numpy: pass torch\.from_numpy\(inputs\)"),
     ],
 )
 def test_bad_inputs_are_refused(engine_for, images, backend, change, message):
@@ -383,6 +385,10 @@ def test_the_first_call_is_checked_too(small, images):
         sd.Engine(small, sd.Confidence(0.6))(images[:0])
     with pytest.raises(sd.ShallowDeepError, match="does not take"):
         sd.Engine(small, sd.Confidence(0.6))(images[:, :2])
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    sdn = sd.attach(net, images, taps=["1"])
+    with pytest.raises(sd.ShallowDeepError, match="does not take"):  # its exit: the rest takes images of any size
+        sd.Engine(sdn, sd.Confidence(0.6))(images[..., :8, :8])
 
 
 def test_an_empty_stream_gives_nothing(small):
@@ -525,12 +531,60 @@ def test_bf16_is_bf16(small, images, trace):
     assert next(small.parameters()).dtype == torch.float32
 
 
-def test_a_recorded_engine_keeps_labels_ids_and_the_exits_it_looks_at(small, images):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_recorded_engine_keeps_labels_ids_and_every_exits_number(engine_for, small, images, trace, backend):
     labels = torch.arange(len(images)) % 5
-    engine = sd.Engine(small, sd.Confidence(0.6, exits=(1,)), backend="stages")
+    policy = sd.Confidence(0.6, exits=(1,))
+    engine = engine_for(backend, policy)
     own = engine.record(sd.TensorSet(images, labels, num_classes=5), batch_size=16)
     assert torch.equal(own.labels, labels)
-    assert own.costs == small.costs.select([1, 3])
+    assert own.costs == small.costs
+    for found, expected in zip(own.logits, trace.logits, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert_decides_like(engine(images), sd.replay(own, policy))
+    assert sd.calibrate(own, min_agreement=0.5, exits=(0, 2)).exits == (0, 2)
+
+
+def test_an_engine_that_nobody_leaves_records_the_last_exit(small, images, trace):
+    own = sd.Engine(small, sd.Confidence(0.6), backend="plain").record([images])
+    torch.testing.assert_close(own.logits[0], trace.logits[3])
+    assert own.costs == small.costs.select([3])
+
+
+class Own:
+    """A policy of a user's own, no dataclass: whoever is sure twice in a row leaves."""
+
+    kind = "own"
+
+    def __init__(self, exits=None):
+        self.exits = exits
+
+    def start(self, rows, num_outputs):
+        return (torch.zeros(rows, dtype=torch.bool),)
+
+    def step(self, state, logits, exit):
+        sure = logits.softmax(-1).amax(-1) > 0.5
+        return Verdict(sure & state[0], (sure,), logits.softmax(-1))
+
+    def to_dict(self):
+        return {"kind": self.kind}
+
+
+@pytest.mark.parametrize("exits", [None, (0, 2)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_policy_of_ones_own_is_recorded_and_replayed(small, images, backend, exits):
+    engine = sd.Engine(small, Own(exits), backend=backend)
+    own = engine.record([images])
+    decisions = sd.replay(own, engine.policy)
+    assert own.num_exits == 4
+    assert len(decisions.exits.unique()) > 1
+    assert_decides_like(engine(images), decisions)
+
+
+@pytest.mark.parametrize(("given", "message"), [({"repeats": 0}, "repeats=0"), ({"sizes": [4, 0]}, r"sizes=\[4, 0\]")])
+def test_what_is_measured_is_at_least_one(small, images, given, message):
+    with pytest.raises(ConfigError, match=f"at least 1, got .*{message}"):
+        sd.Engine(small, sd.Confidence(0.6)).measure(images, **given)
 
 
 # Networks that take several inputs

@@ -18,6 +18,7 @@ from torch import nn
 
 import shallowdeep as sd
 from shallowdeep.errors import ConfigError, NetworkError, UnknownName
+from shallowdeep.inference import stages
 from shallowdeep.inference.cascade import Cascade
 from shallowdeep.inference.latency import Latency
 from shallowdeep.inference.onnx import export as onnx_export
@@ -31,7 +32,7 @@ from shallowdeep.inference.runner.folder import Runner
 from shallowdeep.inference.runner.manifest import FORMS, read_manifest
 from shallowdeep.inference.runner.sessions import RunnerError, Settings
 from shallowdeep.inference.runner.stages import OnnxStages
-from shallowdeep.inference.runner.timing import Bench, Timing
+from shallowdeep.inference.runner.timing import Bench, Timing, bench, made_up
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -473,6 +474,19 @@ def test_a_folder_that_answers_otherwise_is_an_error(small, images, tmp_path, mo
     assert list(tmp_path.iterdir()) == []
 
 
+def test_stages_that_are_no_longer_the_network_are_an_error(small, images, tmp_path, monkeypatch):
+    def spoilt(graph):
+        fold(graph)
+        weight = next(weight for name, weight in graph.named_parameters() if name.startswith("conv"))
+        weight.data = 1.01 * weight.data
+
+    fold = stages.fold_batch_norms
+    monkeypatch.setattr(stages, "fold_batch_norms", spoilt)
+    with pytest.raises(NetworkError, match="the stages differ from the network that they were cut from: a logit by"):
+        export(small, SHALLOW, tmp_path / "out", example_inputs=images[:2])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_that_leaves_elsewhere_is_an_error(small, images, tmp_path, monkeypatch):
     def spoilt(models, thresholds, *, batched):
         return onnx_export.__dict__["_fold_for_test"](
@@ -520,6 +534,43 @@ def test_bad_arguments_are_named(small, images, tmp_path):
     with pytest.raises(ConfigError, match="looks at exits"):
         export(small, sd.Confidence(0.5, exits=(7,)), tmp_path / "out", **some)
     assert (full / "a").read_text() == "mine"
+
+
+class Mean(nn.Module):
+    def forward(self, x, mask):
+        return x.where(mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+
+
+class Masked(nn.Module):
+    """Takes the mean of what a mask says is there."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.mean, self.last = nn.Linear(6, 6), Mean(), nn.Linear(6, 3)
+
+    def forward(self, x, mask):
+        return self.last(self.mean(self.first(x), mask))
+
+
+def test_a_mask_of_truth_values_goes_through_a_folder(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        inputs = {"x": torch.randn(8, 5, 6), "mask": torch.arange(5) < torch.arange(8)[:, None] % 5 + 1}
+        sdn = sd.attach(Masked().eval(), inputs, taps=["first"])
+    policy = sd.Confidence(sd.record(sdn, [inputs]).confidences[:, 0].median().item() + 1e-4)
+    out = export(sdn, policy, tmp_path / "out", example_inputs=inputs)
+    assert [(one["name"], one["dtype"], one["range"]) for one in out.manifest["inputs"][1:]] == [
+        ("mask", "bool", [0, 1])
+    ]
+    decisions = sd.replay(sd.record(sdn, [inputs]), policy)
+    assert len(decisions.exits.unique()) == 2
+    values = {name: value.numpy() for name, value in inputs.items()}
+    for form in FORMS:
+        assert_decides_like(Runner(out.folder, form, settings=ONE_THREAD)(values), decisions)
+    found = made_up(out.manifest, 50)["mask"]
+    assert (found.dtype, found.shape) == (np.bool_, (50, 5))
+    assert 0.4 < found.mean() < 0.6
+    assert len(bench(out.folder, sizes=[2], repeats=1).timings) == 3
 
 
 def test_an_opset_that_cannot_be_had_is_named(small, images, tmp_path):

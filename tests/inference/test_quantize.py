@@ -12,6 +12,7 @@ from shallowdeep.inference.onnx import quantize
 from shallowdeep.inference.onnx.convert import convert
 from shallowdeep.inference.onnx.export import export
 from shallowdeep.inference.onnx.handover import in_eight_bits
+from shallowdeep.inference.onnx.precisions import models_in
 from shallowdeep.inference.onnx.quantize import MIN_ROWS, _reaching, body_nodes, quantize_stages
 from shallowdeep.inference.runner.folder import Runner
 from shallowdeep.inference.runner.manifest import FORMS
@@ -192,8 +193,10 @@ def test_an_int8_engine_decides_like_its_own_trace(small, images, many, policy, 
     data = sd.TensorSet(images, torch.zeros(len(images), dtype=torch.int64), num_classes=5)
     trace = engine.record(data)
     assert trace.info.precision == "int8"
-    decisions = sd.replay(trace, sd.Confidence(policy.threshold))
-    np.testing.assert_array_equal(engine(images).exits, np.asarray(engine.exits)[decisions.exits.numpy()])
+    decisions = sd.replay(trace, policy)
+    answers = engine(images)
+    np.testing.assert_array_equal(answers.exits, decisions.exits.numpy())
+    np.testing.assert_allclose(answers.scores, decisions.scores.numpy(), atol=1e-5)
 
 
 def test_int8_without_real_inputs_is_refused(small, images, policy, tmp_path):
@@ -202,6 +205,22 @@ def test_int8_without_real_inputs_is_refused(small, images, policy, tmp_path):
     with pytest.raises(ConfigError, match="Pass calibration="):
         sd.Engine(small, policy, backend="onnx", precision="int8", example_inputs=images)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: (255 * x.sigmoid()).byte(), r"and torch.float32, got \(160, 3, 16, 16\) and torch.uint8"),
+        (lambda x: x[:, :2], r"inputs must be of shape \(n, 3, 16, 16\) and .*, got \(160, 2, 16, 16\)"),
+        (lambda x: x[0], r"got \(3, 16, 16\)"),
+        (lambda x: x[:0], "inputs holds no sample"),
+        (lambda x: torch.cat([x[:7], x[:1] / 0]), r"not finite, first in row 7 \(1 rows in all\)"),
+        (lambda x: {"pixels": x}, "the network takes inputs; got pixels"),
+    ],
+)
+def test_inputs_to_calibrate_on_are_the_networks(floats, many, policy, change, message):
+    with pytest.raises(ConfigError, match=f"calibration= does not fit: .*{message}"):
+        models_in("int8", floats, policy, change(many))
 
 
 def logits_of(models, threshold, images):

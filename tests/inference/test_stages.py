@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import shallowdeep as sd
 from shallowdeep.errors import NetworkError
@@ -120,3 +121,37 @@ def test_more_stages_than_nest_do_not_fold():
     pytest.importorskip("onnx")
     with pytest.raises(NetworkError, match=r"25 exits do not nest.*export\(…, single=False, batched=False\)"):
         fold([StageModel(0, None)] * (NESTING + 1), [], batched=True)
+
+
+COMPUTED = {
+    "bias": lambda conv: prune.l1_unstructured(conv, "bias", 0.5),
+    "weight": lambda conv: prune.l1_unstructured(conv, "weight", 0.5),
+    "both": lambda conv: [prune.l1_unstructured(conv, name, 0.5) for name in ("weight", "bias")],
+    "weight norm": parametrizations.weight_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attribute.* assigned during export")  # what pruning does
+@pytest.mark.parametrize("computed", COMPUTED)
+def test_a_convolution_whose_weights_are_computed_keeps_its_batch_norm(computed):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        conv, x = nn.Conv2d(3, 8, 3), torch.randn(4, 3, 8, 8)
+        net = nn.Sequential(conv, nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5))
+    COMPUTED[computed](conv)
+    sdn = sd.attach(net.eval(), x, taps=["2"])
+    own = sd.Engine(sdn, sd.Patience(9), backend="stages").record([x])
+    for found, expected in zip(own.logits, sd.record(sdn, [x]).logits, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)  # the same sums
+
+
+def test_one_label_set_answers(tmp_path):
+    x = torch.randn(4, WIDTH)
+    spaces = {"fine": 3, "coarse": 2}
+    net = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 5))
+    sdn = sd.attach(net, x, taps=["0"], label_spaces=spaces)
+    message = "this network answers in the label sets fine, coarse; a policy looks at one softmax"
+    with pytest.raises(NetworkError, match=message):
+        sd.Engine(sdn, sd.Confidence(0.5))
+    with pytest.raises(NetworkError, match=message):
+        export(sdn, sd.Confidence(0.5), tmp_path / "out", example_inputs=x)

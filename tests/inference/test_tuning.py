@@ -182,9 +182,11 @@ def test_lanes_are_timed_in_turns(sdn, images, takes):
     assert list(map(id, ran[6:])) == lanes * 2 + lanes  # behind the first run, which is not counted
 
 
-def test_random_inputs_leave_where_the_shares_say(sdn, images, takes):
+@pytest.mark.parametrize("shares", [list, np.array])
+def test_random_inputs_leave_where_the_shares_say(sdn, images, takes, shares, monkeypatch):
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # to which an array is no sequence
     ran = takes(lambda lane: 1)
-    make(sdn, images).tune(10, exit_shares=[0.5, 0.0, 0.5], backends=["eager"], repeats=1)
+    make(sdn, images).tune(10, exit_shares=shares([0.5, 0.0, 0.5]), backends=["eager"], repeats=1)
     left = [lane.driver.answer(lane.rows, plan=lane.plan).exits for lane in ran if lane.has_exits]
     assert len(left) > 0
     assert all(np.bincount(exits, minlength=3).tolist() == [5, 0, 5] for exits in left)
@@ -217,7 +219,7 @@ def test_shares_become_whole_samples():
     assert sorted(planned([0.1] * 10, range(10), 10)) == list(range(10))  # whose sum is less than 1
 
 
-@pytest.mark.parametrize("shares", [[0.5, 0.5], [0.5, 0.6, 0.2], [1.5, -0.5, 0.0]])
+@pytest.mark.parametrize("shares", [[], [0.5, 0.5], [0.5, 0.6, 0.2], [1.5, -0.5, 0.0]])
 def test_shares_that_do_not_fit_are_refused(sdn, images, shares):
     with pytest.raises(ConfigError, match=r"one share for each of the exits \[0, 1, 2\], together 1"):
         make(sdn, images).tune(4, exit_shares=shares)

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -51,9 +52,9 @@ def test_a_drop_is_kept_as_brute_force_would(data, settings):
     exits = data.draw(reference.subsets(trace.num_exits))
     choices = every_choice(trace, rule, exits, answer)
     last = trace.correct[:, -1].double().mean().item()
-    drop = data.draw(st.sampled_from([last - choice.accuracy for choice in choices]) | st.floats(-0.5, 1.0))
+    drop = data.draw(st.sampled_from([last - choice.accuracy for choice in choices]) | st.floats(-0.5, 0.99))
     best = reference.cheapest_above(choices, last - drop)
-    assume(best is not None)
+    assume(best is not None and abs(drop) < 1)
     decisions = replay(trace, calibrate(trace, max_accuracy_drop=drop, rule=rule, exits=exits, answer=answer))
     assert (decisions.accuracy, decisions.cost) == pytest.approx(best, abs=1e-12)
 
@@ -110,9 +111,15 @@ def test_one_demand_at_a_time(demands, got):
         calibrate(TRACE, **demands)
 
 
+def original_trace(**changes):
+    """Of a network that is right on three of the four samples, in another order."""
+    logits = (*TRACE.logits[:-1], TRACE.logits[-1][:, [0, 1]].clone())
+    logits[-1][2] = logits[-1][2].flip(0)
+    return replace(TRACE, logits=logits, **changes).select(torch.tensor([2, 0, 3, 1]))
+
+
 def test_a_drop_from_the_original_network():
-    # the original is right on three of the four samples, in another order
-    original = replace(TRACE, labels=torch.tensor([0, 1, 0, 0])).select(torch.tensor([2, 0, 3, 1]))
+    original = original_trace()
     assert reference_accuracy(TRACE, "original", original) == 0.75
     assert reference_accuracy(TRACE, "last", None) == 0.5
     chosen = calibrate(TRACE, max_accuracy_drop=0.0, reference="original", original=original)
@@ -130,9 +137,21 @@ def test_after_ic_only_training_the_last_exit_is_the_original():
 def test_an_original_must_be_given_and_be_of_the_same_samples():
     with pytest.raises(CalibrationError, match="not in this Trace: pass original="):
         calibrate(TRACE, max_accuracy_drop=0.0, reference="original")
-    for other in (TRACE.select(torch.tensor([0, 1, 2])), replace(TRACE, ids=torch.arange(4))):
-        with pytest.raises(CalibrationError, match="holds other samples"):
+    other_labels = original_trace(labels=torch.tensor([0, 1, 1, 1]))
+    for other in (TRACE.select(torch.tensor([0, 1, 2])), replace(TRACE, ids=torch.arange(4)), other_labels):
+        with pytest.raises(CalibrationError, match="original network's Trace does not fit: the two Traces"):
             calibrate(TRACE, max_accuracy_drop=0.0, reference="original", original=other)
+
+
+def test_an_original_of_the_test_split_is_refused():
+    test = original_trace(info=hand_trace(split="test").info)
+    unsaid = hand_trace(split="")
+    with pytest.raises(CalibrationError, match="not chosen on the test split"):
+        calibrate(unsaid, max_accuracy_drop=0.0, reference="original", original=test)
+    chosen = calibrate(unsaid, max_accuracy_drop=0.0, reference="original", original=test, allow_test=True)
+    assert near(0.625, chosen)
+    with pytest.raises(CalibrationError, match="the two Traces are of the splits test and val"):
+        calibrate(TRACE, max_accuracy_drop=0.0, reference="original", original=test, allow_test=True)
 
 
 @pytest.mark.parametrize("demand", [{"max_accuracy_drop": 0.0}, {"max_cost": 0.8}])
@@ -181,6 +200,21 @@ def test_a_budget_without_labels_keeps_the_most_agreement():
 def test_an_agreement_is_a_share(agreement):
     with pytest.raises(ConfigError, match=f"a share from 0 to 1, got min_agreement={agreement}"):
         calibrate(TRACE, min_agreement=agreement)
+
+
+@pytest.mark.parametrize("max_cost", [50.0, float("inf"), float("nan")])
+def test_a_cost_is_a_share(max_cost):
+    with pytest.raises(
+        ConfigError, match=r"a cost is a share of the plain network's, 0\.5 for half of it.* got max_cost="
+    ):
+        calibrate(make_trace(50, split="val"), max_cost=max_cost)
+
+
+@pytest.mark.parametrize("drop", [1, 5.0, -1.0, math.nan])
+def test_a_drop_is_a_share(drop, monkeypatch):
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # 1 is no float to it
+    with pytest.raises(ConfigError, match=f"a share below 1 .*, got max_accuracy_drop={drop}"):
+        calibrate(TRACE, max_accuracy_drop=drop)
 
 
 def test_an_agreement_is_with_the_last_exit_alone():

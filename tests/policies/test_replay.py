@@ -95,6 +95,18 @@ def test_the_exits_looked_at_have_one_width():
             answers(MIXED)
 
 
+def test_one_label_set_answers():
+    both = replace(TRACE, info=replace(TRACE.info, label_spaces={"fine": 1, "coarse": 1}))
+    for answers in (
+        lambda trace: replay(trace, Confidence(0.72)),
+        lambda trace: sweep(trace, lambda patience: Patience(int(patience)), [1.0]),
+        oracle,
+        sweep_confidence,
+    ):
+        with pytest.raises(TraceError, match=r"several label sets \(fine, coarse\); an answer is in one"):
+            answers(both)
+
+
 def test_exits_that_the_trace_lacks():
     for answers in (
         lambda trace: replay(trace, Confidence(0.5, (2,))),

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import jaxtyping
+import numpy as np
 import pytest
 import reference
 import torch
@@ -166,6 +167,15 @@ def test_through_json_and_back(case, exits):
         assert policy_from_dict(values) == policy
         of_tensor = case.make(torch.tensor(setting, dtype=torch.float64), exits=exits)
         assert json.loads(json.dumps(of_tensor.to_dict())) == values
+
+
+@EVERY_CASE
+def test_numbers_of_numpy_become_plain_ones(case, without_type_checks):
+    for setting in case.settings:
+        number = np.asarray(setting, np.float32 if isinstance(setting, float) else np.int64)[()]
+        policy = case.make(number, exits=(np.int64(0), np.int64(2)))
+        assert policy == case.make(number.item(), exits=(0, 2))
+        assert policy_from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
 
 
 @EVERY_CASE

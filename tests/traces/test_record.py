@@ -6,7 +6,7 @@ from torch import nn
 
 from shallowdeep.data.images import ImageSet
 from shallowdeep.data.labels import LabelTree
-from shallowdeep.errors import DataError, NetworkError
+from shallowdeep.errors import ConfigError, DataError, NetworkError
 from shallowdeep.networks.attach import attach
 from shallowdeep.networks.calls import exact_float32
 from shallowdeep.networks.zoo import load_network
@@ -244,6 +244,17 @@ def test_the_last_of_several_threads_puts_the_precision_back():
 def test_the_compiler_may_ask_for_the_precision_inside():
     with exact_float32():
         assert torch.backends.cudnn.allow_tf32 is False
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_weights_of_another_precision_are_refused(bare):
+    net = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 3))
+    tokens = torch.randint(9, (5, 3), generator=torch.Generator().manual_seed(0))
+    network = (net if bare else attach(net, tokens, taps=("1",))).bfloat16()
+    message = r"these are torch.bfloat16 as well\. Convert the network .*Engine\(…, precision='bf16'\)\.record"
+    with pytest.raises(ConfigError, match=message):
+        record(network, [tokens])
+    assert record(network.float(), [tokens]).info.precision == "fp32"
 
 
 def test_autocast_outside_does_not_reach_in(sdn):

@@ -2,6 +2,7 @@ import math
 from dataclasses import replace
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -220,6 +221,22 @@ def test_saved_in_half_precision_it_takes_half_the_room(tmp_path):
     assert sizes[None] - sizes[torch.float16] == pytest.approx(n * 10 * 2 * 2, abs=64)  # the header's words
 
 
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        (torch.float16, r"exit 1 reach 7e\+04, which torch.float16 does not hold. .*torch.bfloat16"),
+        (torch.float8_e4m3fn, r"exit 1 reach 7e\+04, which torch.float8_e4m3fn does not hold"),
+        (torch.int8, "floating-point type, got dtype=torch.int8"),
+        (torch.complex64, "floating-point type, got dtype=torch.complex64"),
+    ],
+)
+def test_a_type_that_does_not_hold_the_logits_leaves_the_file_alone(dtype, message, tmp_path):
+    make().save(tmp_path / "a.safetensors")
+    with pytest.raises(TraceError, match=message):
+        make(logits=(FIRST, 70_000 * FIRST.sign())).save(tmp_path / "a.safetensors", dtype=dtype)
+    assert equal(Trace.load(tmp_path / "a.safetensors"), make())
+
+
 def test_a_truncated_file(tmp_path):
     path = tmp_path / "a.safetensors"
     make().save(path)
@@ -301,6 +318,16 @@ def test_from_logits_of_arrays_and_lists():
     assert (trace.info.split, trace.info.class_names) == ("val", ("oak", "cat", "dog"))
 
 
+def test_from_logits_keeps_nothing_of_the_callers():
+    logits, labels, ids = np.zeros((2, 3), np.float32), np.array([0, 1]), torch.tensor([4, 7])
+    tensor = torch.zeros(2, 3)
+    trace = Trace.from_logits([logits, tensor], labels, [0.4, 1.0], ids=ids)
+    for mine in (logits, labels, ids, tensor):
+        mine += 1
+    assert [one.sum() for one in trace.logits] == [0, 0]
+    assert (trace.labels.tolist(), trace.ids.tolist()) == ([0, 1], [4, 7])
+
+
 def test_from_logits_of_half_precision_on_a_graph_and_of_probabilities():
     half = [FIRST.half().requires_grad_(), LAST.bfloat16()]
     trace = Trace.from_logits(half, costs=COSTS, ids=[4, 3, 2, 1])
@@ -357,12 +384,19 @@ def test_a_cascade_of_costs_survives_a_file_and_a_selection(tmp_path):
     [
         ({"ids": [7, 3, 9, 6]}, "different samples"),
         ({"labels": [1, 1, 2, 0]}, "label the same samples differently"),
+        ({"split": "test"}, "are of the splits test and val"),
+        ({"per_exit_logits": [FIRST.repeat(1, 2)]}, "have 6 and 3 outputs"),
     ],
 )
 def test_a_cascade_is_of_the_same_samples(changes, message):
     parts = {"per_exit_logits": [FIRST], "labels": [1, 1, 2, 2], "costs": [25], "ids": [7, 3, 9, 5]}
     with pytest.raises(TraceError, match=message):
         Trace.cascade(Trace.from_logits(**(parts | changes)), make())
+
+
+def test_a_cascade_is_of_the_split_that_either_says():
+    parts = [Trace.from_logits([FIRST], [1, 1, 2, 2], [25], split=split) for split in ("test", "")]
+    assert Trace.cascade(*parts).info.split == Trace.cascade(*parts[::-1]).info.split == "test"
 
 
 def test_agreement_takes_the_last_answers_for_labels():

@@ -20,6 +20,7 @@ from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.policies.rules import Confidence, ExitPolicy, exits_of
 
 NO_EXITS = Confidence(2.0, exits=())  # everybody leaves at the end, with its softmax
+ALL_EXITS = Confidence(2.0)  # nobody leaves earlier, and every exit is run
 PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 MICRO_BATCH = 32  # rows at a time at which CPUs are best: larger blocks go back to the system in between
 

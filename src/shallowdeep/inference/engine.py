@@ -8,7 +8,6 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,18 +16,18 @@ from shallowdeep.data.samples import Samples
 from shallowdeep.data.streams import as_samples
 from shallowdeep.errors import ConfigError, DataError, UnknownName
 from shallowdeep.inference.answers import Answers, collect
-from shallowdeep.inference.backends import BACKENDS, PRECISIONS, Driver, Order
+from shallowdeep.inference.backends import ALL_EXITS, BACKENDS, PRECISIONS, Driver, Order
 from shallowdeep.inference.cascade import Values
 from shallowdeep.inference.latency import Latency
 from shallowdeep.inference.onnx.precisions import check_calibration
-from shallowdeep.inference.stages import as_values
+from shallowdeep.inference.stages import as_values, check_label_sets, check_values
 from shallowdeep.inference.tuning.result import Tuning
 from shallowdeep.inference.tuning.task import CANDIDATES, make_task
 from shallowdeep.inference.tuning.tune import tune
 from shallowdeep.networks.calls import call_on_example, evaluating, taking_turns
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.policies.rules import ExitPolicy, exits_of
-from shallowdeep.traces.record import describe, record_with
+from shallowdeep.traces.record import check_float32, describe, record_with
 from shallowdeep.traces.trace import Trace
 
 
@@ -56,6 +55,7 @@ class Engine:
         UnknownName: there is no such back end or precision.
         ConfigError: the back end has not got the precision, the policy looks at exits that are not there, or the
             network's weights are not float32.
+        NetworkError: the network answers in several label sets.
     """
 
     def __init__(
@@ -77,12 +77,8 @@ class Engine:
         if precision not in BACKENDS[backend].precisions:
             have = ", ".join(BACKENDS[backend].precisions)
             raise ConfigError(f"backend={backend!r} runs in {have}, not in {precision!r}.")
-        others = {p.dtype for p in sdn.parameters() if p.is_floating_point()} - {torch.float32}
-        if others:
-            raise ConfigError(
-                f"an engine starts from float32 weights, these are {', '.join(map(str, others))} as well. "
-                "Convert the network (sdn.float()), and choose a precision here."
-            )
+        check_float32(sdn, "an engine")
+        check_label_sets(sdn)
         if micro_batch is not None and micro_batch < 1:
             raise ConfigError(f"a micro-batch has at least one row, got micro_batch={micro_batch}.")
         self.backend = backend
@@ -204,18 +200,34 @@ class Engine:
         """Run a split through this very back end and precision, nobody leaving; see ``record``.
 
         Returns:
-            A Trace to calibrate this engine's policy on and to replay; of the exits that the policy looks at.
+            A Trace of every exit, to calibrate this engine's policy on and to replay. Exits that the policy does not
+            look at are run beside those it does, as an engine that looks at all would. An engine that lets nobody leave
+            early (``"plain"``, or ``exits=()``) gives a Trace of the last exit alone.
         """
         samples = as_samples(data, split=split or "")
         info = replace(describe(self.sdn, samples, split), precision=self.precision)
+        driver, _ = self.ready(samples.example_inputs)
+        beside = self._beside(driver)
+        exits = driver.exits if beside is None else beside.exits
 
         def forward(inputs: Any) -> list[Tensor]:
             driver, values = self.ready(inputs)
-            return [torch.as_tensor(logits) for logits in driver.logits(values)]
+            logits: dict[int, Any] = {}
+            for one in (driver,) if beside is None else (beside, driver):  # what the engine itself says is kept
+                logits.update(zip(one.exits, one.logits(values), strict=True))
+            return [torch.as_tensor(logits[exit]) for exit in exits]
 
-        driver, _ = self.ready(samples.example_inputs)
-        costs = self.sdn.costs.select(driver.exits)
+        costs = self.sdn.costs.select(exits)
         return record_with(forward, samples, costs, info, batch_size=batch_size, progress=progress)
+
+    def _beside(self, driver: Driver) -> Driver | None:
+        """What runs the exits that a driver leaves out; ``None`` where it runs all, or the last alone."""
+        if len(driver.exits) in (1, self.sdn.num_exits):
+            return None
+        with self._guard:
+            backend, order = self.backend, replace(self._order, policy=ALL_EXITS)
+        with taking_turns(self.sdn):
+            return BACKENDS[backend].build(order)
 
     def measure(self, inputs: Any, sizes: Sequence[int] = (1, 2, 4, 8, 16, 32, 64), *, repeats: int = 10) -> Latency:
         """Time every stage by batch size; from now on rows are dropped only where that pays.
@@ -224,7 +236,13 @@ class Engine:
             inputs: at least one sample; rows repeat where there are fewer than a batch needs.
             sizes: of batches; 1 is always among them.
             repeats: the median counts.
+
+        Raises:
+            ConfigError: a size or ``repeats`` is below 1.
+            DataError: as for a call.
         """
+        if min([repeats, *sizes]) < 1:
+            raise ConfigError(f"sizes and repeats are at least 1, got sizes={list(sizes)} and repeats={repeats}.")
         driver, values = self.ready(inputs)
         latency = driver.measure(values, sorted({1, *sizes}), repeats=repeats)
         with self._guard:
@@ -316,13 +334,8 @@ class Engine:
 
     def _values(self, inputs: Any, on_tensors: bool) -> Values:
         """A batch as the back end takes it, once it is known to be one."""
-        values, expected = as_values(inputs), as_values(self._order.example_inputs)
-        if values.keys() != expected.keys():
-            raise DataError(f"the engine takes {', '.join(expected)}; got {', '.join(values)}.")
-        for name, tensor in values.items():
-            _check(name, tensor, expected[name])
-        if len({len(tensor) for tensor in values.values()}) > 1:
-            raise DataError(f"inputs differ in rows: { ({name: len(t) for name, t in values.items()}) }.")
+        values = as_values(inputs)
+        check_values(values, as_values(self._order.example_inputs))
         if not on_tensors:
             return {name: tensor.detach().cpu().numpy() for name, tensor in values.items()}
         device = next(self.sdn.parameters()).device
@@ -336,25 +349,4 @@ def _check_example(sdn: ShallowDeepNetwork, example_inputs: Any) -> None:
             raise DataError(f"{name} holds no sample: a batch has at least one.")
     device = next(sdn.parameters()).device
     with evaluating(sdn):
-        call_on_example(sdn.backbone, map_tensors(lambda t: t[:1].to(device), example_inputs))
-
-
-def _check(name: str, tensor: Tensor, expected: Tensor) -> None:
-    if tensor.shape[1:] != expected.shape[1:] or tensor.dtype != expected.dtype:
-        raise DataError(
-            f"{name} must be of shape (n, {', '.join(map(str, expected.shape[1:]))}) and {expected.dtype}, "
-            f"got {tuple(tensor.shape)} and {tensor.dtype}."
-        )
-    if len(tensor) == 0:
-        raise DataError(f"{name} holds no sample: a batch has at least one.")
-    if tensor.is_floating_point() and not _is_finite(tensor):
-        rows = np.flatnonzero(~tensor.isfinite().flatten(1).all(1).cpu().numpy())
-        raise DataError(f"{name} holds numbers that are not finite, first in row {rows[0]} ({len(rows)} rows in all).")
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    if (
-        tensor.device.type == "cpu" and tensor.dtype != torch.bfloat16
-    ):  # a quarter of PyTorch's time on an image of 32 pixels
-        return bool(np.isfinite(tensor.detach().numpy()).all())
-    return bool(tensor.isfinite().all())
+        call_on_example(sdn, (map_tensors(lambda t: t[:1].to(device), example_inputs),))  # its one argument

@@ -16,13 +16,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from shallowdeep.data.pytrees import map_tensors
-from shallowdeep.errors import NetworkError
+from shallowdeep.errors import DataError, NetworkError
 from shallowdeep.networks.calls import distinct_rows, evaluating, first_line, plain_inputs, without_autocast
 from shallowdeep.networks.costs import flop_counter
 from shallowdeep.networks.sdn import ShallowDeepNetwork
@@ -121,6 +122,8 @@ def as_values(inputs: Any) -> dict[str, Tensor]:
     """A network's inputs by name: ``"inputs"``; of several ``"input_0"``, …, or their own names."""
     if isinstance(inputs, Tensor):
         return {"inputs": inputs}
+    if isinstance(inputs, np.ndarray):
+        raise NetworkError("the network takes tensors, got an array of numpy: pass torch.from_numpy(inputs).")
     inputs = plain_inputs(inputs)
     if isinstance(inputs, Mapping):  # a keyword that is None is as good as not given
         inputs = {name: value for name, value in inputs.items() if value is not None}
@@ -137,6 +140,53 @@ def as_inputs(values: Mapping[str, Tensor], like: Any) -> Any:
     if isinstance(like, Tensor):
         return values["inputs"]
     return dict(values) if isinstance(like, Mapping) else tuple(values.values())
+
+
+def check_values(values: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """A batch by name is one for a network that takes inputs like some examples.
+
+    Raises:
+        DataError: names, shapes, types or numbers of rows differ, there is no row, or a number is not finite.
+    """
+    if values.keys() != expected.keys():
+        raise DataError(f"the network takes {', '.join(expected)}; got {', '.join(values)}.")
+    for name, tensor in values.items():
+        _check_value(name, tensor, expected[name])
+    if len({len(tensor) for tensor in values.values()}) > 1:
+        raise DataError(f"inputs differ in rows: { ({name: len(t) for name, t in values.items()}) }.")
+
+
+def _check_value(name: str, tensor: Tensor, expected: Tensor) -> None:
+    if tensor.shape[1:] != expected.shape[1:] or tensor.dtype != expected.dtype:
+        raise DataError(
+            f"{name} must be of shape (n, {', '.join(map(str, expected.shape[1:]))}) and {expected.dtype}, "
+            f"got {tuple(tensor.shape)} and {tensor.dtype}."
+        )
+    if len(tensor) == 0:
+        raise DataError(f"{name} holds no sample: a batch has at least one.")
+    if tensor.is_floating_point() and not _is_finite(tensor):
+        rows = np.flatnonzero(~tensor.isfinite().flatten(1).all(1).cpu().numpy())
+        raise DataError(f"{name} holds numbers that are not finite, first in row {rows[0]} ({len(rows)} rows in all).")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.device.type == "cpu" and tensor.dtype != torch.bfloat16:
+        # a quarter of PyTorch's time on an image of 32 pixels
+        return bool(np.isfinite(tensor.detach().numpy()).all())
+    return bool(tensor.isfinite().all())
+
+
+def check_label_sets(sdn: ShallowDeepNetwork) -> None:
+    """Refuse a network whose exits answer in several label sets: a softmax over all columns means nothing.
+
+    Raises:
+        NetworkError: it has several.
+    """
+    if len(sdn.label_spaces) > 1:
+        raise NetworkError(
+            f"this network answers in the label sets {', '.join(sdn.label_spaces)}; a policy looks at one softmax. "
+            "Run it by itself, sdn(inputs), or attach exits for one label set."
+        )
 
 
 def cut(
@@ -290,13 +340,19 @@ def _check_work(
 
 
 def fold_batch_norms(module: fx.GraphModule) -> None:
-    """Put every batch-norm that follows a convolution into its weights, in place and as weights of the module's own."""
+    """Put every batch-norm that follows a convolution into its weights, in place and as weights of the module's own.
+
+    Weights that are computed (pruned, normalised or parametrised ones) are left alone, and so is their batch-norm.
+    """
     graph = module.graph
     for node in list(graph.nodes):
         if node.target is not torch.ops.aten._native_batch_norm_legit_no_training.default:
             continue
         conv, *stats = node.args[:5]
-        if not _is_convolution(conv) or len(conv.users) > 1 or not all(_is_weight(stat) for stat in stats):
+        if not _is_convolution(conv) or len(conv.users) > 1:
+            continue
+        given = [one for one in conv.args[1:3] if one is not None]  # a convolution may have no bias
+        if not all(_is_weight(one) for one in (*given, *stats)):
             continue
         weight, bias = (_weight(module, node) for node in (*conv.args[1:3], None)[:2])
         scale, shift, mean, var = (_weight(module, stat) for stat in stats)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from shallowdeep.errors import CalibrationError, ConfigError, UnknownName
+from shallowdeep.errors import CalibrationError, ConfigError, TraceError, UnknownName
 from shallowdeep.policies.replay import Curve, sweep, sweep_confidence
 from shallowdeep.policies.rules import ExitPolicy, Patience
-from shallowdeep.traces.trace import Trace
+from shallowdeep.traces.trace import Trace, same_samples
 
 FAMILIES = ("confidence", "patience")
 REFERENCES = ("last", "original")
@@ -30,13 +30,14 @@ def calibrate(
         trace: of the validation split.
         max_cost: budget, mean cost as a share of the plain backbone. Chosen is the highest accuracy within
             it (of equals the cheapest); without labels, the highest agreement with the last exit.
-        max_accuracy_drop: accuracy that may be given up, e.g. 0.01. Chosen is the lowest cost within it.
+        max_accuracy_drop: accuracy that may be given up, e.g. 0.01 for one in a hundred; below 0 it must be gained.
+            Chosen is the lowest cost within it.
         min_agreement: share of answers that must be the last exit's own, e.g. 0.99; needs no labels. Chosen is
             the lowest cost within it. Exactly one of the three is given.
         reference: what the drop is measured from: this network's ``"last"`` exit, or the ``"original"``
             network, trained alone.
-        original: the original network's Trace of the same samples. Not needed after IC-only training,
-            whose last exit is the original network.
+        original: the original network's Trace of the same samples, in any order. Not needed after IC-only
+            training, whose last exit is the original network.
         rule: ``"confidence"`` or ``"patience"``.
         exits: the internal exits to look at; ``None``: all.
         answer: as for ``Confidence``.
@@ -48,7 +49,7 @@ def calibrate(
     Raises:
         UnknownName: there is no such rule or reference.
         TraceError: a drop in accuracy is asked for, and the Trace has no labels.
-        CalibrationError: the demand cannot be met, or the split is the test split.
+        CalibrationError: the demand cannot be met, a split is the test split, or ``original`` is of other samples.
         ConfigError: several demands or none are given, or a setting that the rule or reference has no use for.
 
     Cite: Kaya, Hong & Dumitras, ICML 2019, section 5.1; the authors' code chooses on the test split.
@@ -63,14 +64,25 @@ def calibrate(
         raise ConfigError(f"reference={reference!r} goes with max_accuracy_drop, not with {next(iter(given))}.")
     if min_agreement is not None and not 0 <= min_agreement <= 1:
         raise ConfigError(f"an agreement is a share from 0 to 1, got min_agreement={min_agreement}.")
+    if max_accuracy_drop is not None and not -1 < max_accuracy_drop < 1:
+        raise ConfigError(
+            f"a drop in accuracy is a share below 1 (a gain: above -1), got max_accuracy_drop={max_accuracy_drop}."
+        )
     if original is not None and reference != "original":
         raise ConfigError(
             f"an original network is given, but the drop is measured from {reference!r}: pass reference='original'."
         )
-    if not allow_test:
-        refuse_test(trace)
+    for source in () if allow_test else (trace, original):
+        if source is not None:
+            refuse_test(source)
     if min_agreement is not None or (max_cost is not None and trace.labels is None):
         trace = trace.as_agreement()
+    whole = trace.costs.relative()[-1].item()
+    if max_cost is not None and not max_cost <= 2 * whole:
+        raise ConfigError(
+            f"a cost is a share of the plain network's, 0.5 for half of it, and {whole:.2f} with all exits; got "
+            f"max_cost={max_cost}."
+        )
     curve = sweep_rule(trace, rule, exits=exits, answer=answer)
     if max_cost is not None:
         chosen = curve.best_within(max_cost)
@@ -113,13 +125,14 @@ def sweep_rule(trace: Trace, rule: str, *, exits: tuple[int, ...] | None = None,
 
 def reference_accuracy(trace: Trace, reference: str, original: Trace | None) -> float:
     """Accuracy that a drop is measured from; see ``calibrate``."""
-    if reference == "last":
+    if reference == "last" or (original is None and trace.info.strategy == "ic_only"):
         return trace.correct[:, -1].double().mean().item()
-    if original is None and trace.info.strategy != "ic_only":
+    if original is None:
         raise CalibrationError(
             "the original network's accuracy is not in this Trace: pass original=, its Trace of the same samples."
         )
-    if original is not None and original.ids.sort().values.tolist() != trace.ids.sort().values.tolist():
-        raise CalibrationError("the original network's Trace holds other samples than this one.")
-    source = trace if original is None else original
-    return source.correct[:, -1].double().mean().item()
+    try:
+        same_samples(original, trace)
+    except TraceError as error:
+        raise CalibrationError(f"the original network's Trace does not fit: {error}") from None
+    return original.correct[:, -1].double().mean().item()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shallowdeep.errors import TraceError
 from shallowdeep.policies.rules import Confidence, ExitPolicy, exits_of
-from shallowdeep.traces.trace import Trace
+from shallowdeep.traces.trace import Trace, refuse_label_sets
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,10 @@ def replay(trace: Trace, policy: ExitPolicy) -> Decisions:
 
     Raises:
         ConfigError: the policy looks at an exit that the Trace does not have.
-        TraceError: the exits it looks at differ in width.
+        TraceError: the exits it looks at differ in width, or their columns hold several label sets.
     """
     exits = exits_of(policy, trace.num_exits)
+    refuse_label_sets(trace)
     _check_widths(trace, exits)
     n = len(trace)
     state = policy.start(n, trace.num_outputs)

@@ -93,11 +93,9 @@ class Confidence:
             raise ConfigError(
                 f"a confidence threshold lies between 0 and 1 (above, up to 2: never stop), got {self.threshold}."
             )
-        if isinstance(self.threshold, int):
-            object.__setattr__(self, "threshold", float(self.threshold))
         if self.answer not in ("last", "most_confident"):
             raise ConfigError(f"answer is 'last' or 'most_confident', got {self.answer!r}.")
-        _check_exits(self.exits)
+        _make_plain(self, "threshold", float)
 
     def start(self, rows: int, num_outputs: int) -> State:
         """Nothing, or the best confidence met and its scores."""
@@ -138,7 +136,7 @@ class Patience:
     def __post_init__(self) -> None:
         if not isinstance(self.patience, Tensor) and not (self.patience >= 0 and float(self.patience).is_integer()):
             raise ConfigError(f"patience is a whole number of exits, 0 or more, got {self.patience}.")
-        _check_exits(self.exits)
+        _make_plain(self, "patience", int)
 
     def start(self, rows: int, num_outputs: int) -> State:
         """The last label met (none yet) and how often it was repeated."""
@@ -203,9 +201,15 @@ def exits_of(policy: ExitPolicy, num_exits: int) -> list[int]:
     return [*internal, last]
 
 
-def _check_exits(exits: tuple[int, ...] | None) -> None:
-    if exits is not None and (list(exits) != sorted(set(exits)) or any(exit < 0 for exit in exits)):
-        raise ConfigError(f"exits are indices from shallow to deep, each once, got {exits}.")
+def _make_plain(policy: Any, name: str, kind: type[int] | type[float]) -> None:
+    """Check a policy's exits, and keep its numbers as Python's own: numpy's are none to JSON."""
+    exits, number = policy.exits, getattr(policy, name)
+    if exits is not None:
+        if list(exits) != sorted(set(exits)) or any(exit < 0 for exit in exits):
+            raise ConfigError(f"exits are indices from shallow to deep, each once, got {exits}.")
+        object.__setattr__(policy, "exits", tuple(map(int, exits)))
+    if not isinstance(number, Tensor):
+        object.__setattr__(policy, name, kind(number))
 
 
 def _to_dict(policy: Any) -> dict[str, Any]:

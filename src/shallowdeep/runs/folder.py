@@ -217,7 +217,7 @@ class RunFolder:
         """Copy the run, whole or not at all, to where it can be kept: in half precision, without checkpoint.
 
         Decisions replayed from half-precision logits may differ where a confidence lies within rounding of a
-        threshold; ``results/`` is copied as it is.
+        threshold; ``results/`` is copied as it is. What half precision does not hold is kept as it is.
 
         Args:
             folder: fresh; the copy can be opened as a run.
@@ -238,7 +238,8 @@ class RunFolder:
         with making(place) as partial:
             sdn.save(partial / self.weights.name, dtype=torch.float16)
             for name, trace in traces.items():
-                trace.save(partial / "traces" / name, dtype=torch.float16)
+                held = max(logits.abs().max().item() for logits in trace.logits) <= torch.finfo(torch.float16).max
+                trace.save(partial / "traces" / name, dtype=torch.float16 if held else None)
             for name in texts:
                 if (self.folder / name).exists():
                     write_text(partial / name, (self.folder / name).read_text(encoding="utf-8"))

@@ -53,9 +53,11 @@ def record(
         where the data has none.
 
     Raises:
+        ConfigError: the network's weights are not float32.
         NetworkError: the samples do not fit the network, or it has fewer outputs than there are classes.
         DataError: the data is no samples, or has none, or only some have labels.
     """
+    check_float32(network, "a recording")
     samples = as_samples(data, split=split or "")
     sdn = _with_exits(network, samples)
     if sdn.num_outputs < samples.num_classes:
@@ -117,6 +119,24 @@ def record_with(
         return Trace(tuple(_joined(store) for store in logits), known, torch.cat(ids), costs, info)
     parts = gather((logits, [None if found is None else found.cpu() for found in labels], ids))
     return _merged(parts, costs, info)
+
+
+def check_float32(net: nn.Module, what: str) -> None:
+    """Refuse a network that would not compute in float32.
+
+    Args:
+        net: of any kind; weights that are whole numbers do not count.
+        what: needs float32, for the message.
+
+    Raises:
+        ConfigError: some weights are of another floating-point type.
+    """
+    others = {p.dtype for p in net.parameters() if p.is_floating_point()} - {torch.float32}
+    if others:
+        raise ConfigError(
+            f"{what} starts from float32 weights, these are {', '.join(map(str, others))} as well. Convert the network "
+            "(sdn.float()); another precision is the engine's to choose: Engine(…, precision='bf16').record."
+        )
 
 
 def _merged(parts: list[Any], costs: Costs, info: TraceInfo) -> Trace:

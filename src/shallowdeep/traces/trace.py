@@ -155,21 +155,27 @@ class Trace:
             large: of the same samples, in any order.
 
         Returns:
-            The Trace, in the order of ``large``; its split is that of both.
+            The Trace, in the order of ``large``; its split is that of both, or of the one that says it.
 
         Raises:
-            TraceError: the samples, labels or widths of the two differ.
+            TraceError: the samples, labels, splits or widths of the two differ.
         """
-        rows = _same_samples(small, large)
-        first = small.select(rows)
-        if first.labels is not None and large.labels is not None and not torch.equal(first.labels, large.labels):
-            raise TraceError("the two Traces label the same samples differently. Record both on the same data.")
+        first = small.select(same_samples(small, large))
+        if small.num_outputs != large.num_outputs:
+            raise TraceError(
+                f"the two Traces have {small.num_outputs} and {large.num_outputs} outputs. "
+                "Record networks of the same classes."
+            )
         return replace(
             large,
             logits=first.logits + large.logits,
             labels=large.labels if large.labels is not None else first.labels,
             costs=_stacked(small.costs, large.costs),
-            info=replace(large.info, model=f"{small.info.model or 'small'} + {large.info.model or 'large'}"),
+            info=replace(
+                large.info,
+                model=f"{small.info.model or 'small'} + {large.info.model or 'large'}",
+                split=large.info.split or small.info.split,
+            ),
         )
 
     def __len__(self) -> int:
@@ -196,10 +202,7 @@ class Trace:
         return torch.stack([p.amax(-1) for p in self._probabilities()], dim=1)
 
     def _probabilities(self) -> Iterator[Tensor]:
-        if len(self.info.label_spaces) > 1:
-            raise TraceError(
-                f"the columns hold several label sets ({', '.join(self.info.label_spaces)}); an answer is in one."
-            )
+        refuse_label_sets(self)
         return (logits.softmax(-1) for logits in self.logits)
 
     @cached_property
@@ -264,8 +267,11 @@ class Trace:
             path: where to; replaced when it exists.
             dtype: store the logits in this type, e.g. ``torch.float16`` to halve the file; decisions whose
                 confidence lies within its rounding of a threshold may then differ.
+
+        Raises:
+            TraceError: ``dtype`` is no floating-point type, or does not hold the logits.
         """
-        tensors = {f"logits.{i}": logits if dtype is None else logits.to(dtype) for i, logits in enumerate(self.logits)}
+        tensors = {f"logits.{i}": _stored_as(dtype, logits, i) for i, logits in enumerate(self.logits)}
         tensors["ids"] = self.ids
         if self.labels is not None:
             tensors["labels"] = self.labels
@@ -296,6 +302,20 @@ class Trace:
             ) from None
 
 
+def _stored_as(dtype: torch.dtype | None, logits: Tensor, exit: int) -> Tensor:
+    if dtype is None:
+        return logits
+    if not dtype.is_floating_point:
+        raise TraceError(f"logits are stored in a floating-point type, got dtype={dtype}. Use torch.float16.")
+    most = logits.abs().max()
+    if most > torch.finfo(dtype).max:
+        raise TraceError(
+            f"the logits of exit {exit} reach {most:.3g}, which {dtype} does not hold. Use torch.bfloat16, or leave "
+            "dtype= out."
+        )
+    return logits.to(dtype)
+
+
 def _stored_logits(tensor: Tensor, path: object) -> Tensor:
     if tensor.ndim != 2 or not tensor.shape[1] or not tensor.is_floating_point():
         raise FileFormatError(
@@ -305,7 +325,7 @@ def _stored_logits(tensor: Tensor, path: object) -> Tensor:
 
 
 def _matrix(array: Any, number: int, probabilities: bool) -> Tensor:
-    found = torch.as_tensor(array if isinstance(array, Tensor) else np.asarray(array)).detach().cpu().float()
+    found = _own(array, torch.float32)
     if found.ndim != 2:
         raise TraceError(f"exit {number} has logits of shape {tuple(found.shape)}; give (samples, outputs).")
     if probabilities:
@@ -316,19 +336,42 @@ def _matrix(array: Any, number: int, probabilities: bool) -> Tensor:
 
 
 def _vector(array: Any, what: str) -> Tensor:
-    found = torch.as_tensor(array if isinstance(array, Tensor) else np.asarray(array)).detach().cpu()
+    found = torch.as_tensor(array if isinstance(array, Tensor) else np.asarray(array))
     if found.ndim != 1 or found.is_floating_point() or found.is_complex():
         raise TraceError(f"{what} are {found.dtype} of shape {tuple(found.shape)}; give whole numbers, one per sample.")
-    return found.long()
+    return _own(found, torch.int64)
 
 
-def _same_samples(small: Trace, large: Trace) -> Tensor:
-    """Rows of ``small`` in the order of ``large``'s samples."""
-    order, wanted = small.ids.argsort(), large.ids.argsort()
-    if not torch.equal(small.ids[order], large.ids[wanted]):
+def _own(array: Any, dtype: torch.dtype) -> Tensor:
+    """A copy on the CPU: what its owner does to an array later changes no Trace."""
+    found = torch.as_tensor(array if isinstance(array, Tensor) else np.asarray(array))
+    return found.detach().to("cpu", dtype, copy=True)
+
+
+def refuse_label_sets(trace: Trace) -> None:
+    """Raise a TraceError where the columns hold several label sets: a softmax over all of them means nothing."""
+    if len(trace.info.label_spaces) > 1:
+        raise TraceError(
+            f"the columns hold several label sets ({', '.join(trace.info.label_spaces)}); an answer is in one."
+        )
+
+
+def same_samples(one: Trace, other: Trace) -> Int[Tensor, " n"]:
+    """Rows of one Trace in the order of another's samples.
+
+    Raises:
+        TraceError: their ids, labels or splits differ; what one of them does not say is no difference.
+    """
+    splits = [trace.info.split for trace in (one, other) if trace.info.split]
+    if len(set(splits)) > 1:
+        raise TraceError(f"the two Traces are of the splits {' and '.join(splits)}. Record both on the same data.")
+    order, wanted = one.ids.argsort(), other.ids.argsort()
+    if not torch.equal(one.ids[order], other.ids[wanted]):
         raise TraceError("the two Traces hold different samples (by their ids). Record both on the same data.")
     rows = torch.empty_like(order)
     rows[wanted] = order
+    if one.labels is not None and other.labels is not None and not torch.equal(one.labels[rows], other.labels):
+        raise TraceError("the two Traces label the same samples differently. Record both on the same data.")
     return rows
 
 

@@ -14,7 +14,6 @@ from torch import nn, optim
 
 from shallowdeep.errors import FileFormatError
 from shallowdeep.networks.calls import first_line
-from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.storage import misfits, parse_json, replacing, shown, sweep, write_text
 
 
@@ -25,10 +24,12 @@ class Checkpoint:
     Args:
         folder: where they lie; ``None``: nothing is kept.
         identity: what run this is; a checkpoint of another is refused.
+        taps: where the run's exits are; a checkpoint with others is refused, one of an earlier version has none.
     """
 
     folder: Path | None
     identity: str
+    taps: tuple[str, ...] = ()
 
     def sweep(self) -> None:
         """Remove what a killed process left half-written in the run folder, and nowhere deeper."""
@@ -37,7 +38,7 @@ class Checkpoint:
 
     def save(
         self,
-        sdn: ShallowDeepNetwork,
+        sdn: nn.Module,
         optimizer: optim.Optimizer,
         phase: int,
         epochs: int,
@@ -51,7 +52,7 @@ class Checkpoint:
             "phase": phase,
             "epochs": epochs,
             "sdn": sdn.state_dict(),
-            "taps": list(sdn.taps),
+            "taps": list(self.taps),
             "optimizer": optimizer.state_dict(),
             "history": json.dumps(history),
         }
@@ -65,9 +66,7 @@ class Checkpoint:
                 why = first_line(error.__context__ if isinstance(error.__context__, OSError) else error)
                 raise OSError(f"cannot write {self.folder / 'checkpoint.pt'}: {why}") from error
 
-    def load(
-        self, sdn: ShallowDeepNetwork, optimizer: optim.Optimizer, phase: int, *, frozen: Sequence[str] = ()
-    ) -> int:
+    def load(self, sdn: nn.Module, optimizer: optim.Optimizer, phase: int, *, frozen: Sequence[str] = ()) -> int:
         """Bring a phase to where it was left; a checkpoint that is refused changes nothing.
 
         Args:
@@ -86,10 +85,10 @@ class Checkpoint:
         state = self._read()
         if state is None or state["phase"] < phase:
             return 0
-        taps = state.get("taps", list(sdn.taps))  # earlier checkpoints have none
-        if taps != list(sdn.taps):
+        taps = state.get("taps", list(self.taps))
+        if taps != list(self.taps):
             raise FileFormatError(
-                f"{self.folder}/checkpoint.pt has its exits at {shown(taps)}, this network at {list(sdn.taps)}. Use "
+                f"{self.folder}/checkpoint.pt has its exits at {shown(taps)}, this network at {list(self.taps)}. Use "
                 "another folder."
             )
         wrong = misfits(sdn.state_dict(), state["sdn"])

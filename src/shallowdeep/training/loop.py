@@ -119,11 +119,13 @@ def fit(
     _check(sdn, splits, phases)
     features = features or FeatureReuse()
     check_reuse(features, phases, splits.train)
-    checkpoint = Checkpoint(None if folder is None else Path(folder), _identity(splits, seed, phases, features))
+    kept_in = None if folder is None else Path(folder)
+    checkpoint = Checkpoint(kept_in, _identity(splits, seed, phases, features), sdn.taps)
     if is_first():
         checkpoint.sweep()
-    place = Place(device, devices, num_nodes)
-    run = _Run(sdn, splits, seed, place, checkpoint, validate_every, features, compile, progress)
+    run = _Run(
+        sdn, splits, seed, Place(device, devices, num_nodes), checkpoint, validate_every, features, compile, progress
+    )
     if resume:
         run.history = checkpoint.read_history()
     with torch.random.fork_rng():

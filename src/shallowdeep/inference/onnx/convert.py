@@ -36,14 +36,16 @@ class Converted:
         modules: the same stages in PyTorch.
         examples: inputs of the network by name, on the CPU, a few rows that differ.
         pixels: of the normalisation inside.
-        num_outputs: columns of every exit's logits.
+        sdn: the network, on the CPU in float32.
+        like: inputs built as it takes them.
     """
 
     models: list[StageModel]
     modules: list[Stage]
     examples: dict[str, Tensor]
     pixels: Pixels | None
-    num_outputs: int
+    sdn: ShallowDeepNetwork
+    like: Any
 
     @property
     def inputs(self) -> Values:
@@ -93,7 +95,7 @@ def convert(
     bodies = cut(sdn, example_inputs, exits=exits_of(policy, sdn.num_exits))
     modules = [Stage(body, policy, sdn.num_outputs, is_first=place == 0).eval() for place, body in enumerate(bodies)]
     examples = as_values(distinct_rows(example_inputs, max(2 * EXPORT_ROWS, 8)))
-    converted = Converted([], modules, examples, pixels, sdn.num_outputs)
+    converted = Converted([], modules, examples, pixels, sdn, example_inputs)
     values = converted.as_exported(examples)
     numbers = {name: torch.tensor(number) for name, number in thresholds_of(policy).items()}
     with torch.no_grad():

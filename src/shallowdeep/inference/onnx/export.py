@@ -23,7 +23,7 @@ from shallowdeep.inference.runner.folder import Runner
 from shallowdeep.inference.runner.manifest import MANIFEST
 from shallowdeep.inference.runner.sessions import RunnerError, Settings
 from shallowdeep.inference.runner.timing import Timing, time_leaving
-from shallowdeep.inference.stages import thresholds_of
+from shallowdeep.inference.stages import check_label_sets, thresholds_of
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.policies.rules import ExitPolicy, exits_of
 from shallowdeep.storage import making, write_json, write_text
@@ -102,7 +102,8 @@ def export(
 
     Raises:
         ConfigError: the folder is not empty, or an option does not fit.
-        NetworkError: a stage cannot be exported, or what was written does not answer as PyTorch's stages do.
+        NetworkError: the network answers in several label sets, a stage cannot be exported, or what was written does
+            not answer as the network does.
         MissingExtra: onnx, onnxscript or onnxruntime is not installed.
     """
     folder = Path(folder)
@@ -112,6 +113,7 @@ def export(
         raise UnknownName("precision of an export", precision, PRECISIONS)
     if class_names is not None and len(class_names) != sdn.num_outputs:
         raise ConfigError(f"{len(class_names)} class names do not fit {sdn.num_outputs} outputs.")
+    check_label_sets(sdn)
     check_calibration(precision, calibration, weight_bits)
     if single or batched:
         check_nesting(len(exits_of(policy, sdn.num_exits)))

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from shallowdeep.errors import require
 from shallowdeep.inference.onnx.convert import Converted
 from shallowdeep.inference.runner.manifest import FORMAT, MANIFEST, read_manifest
@@ -46,7 +48,7 @@ def describe(
                 "name": name,
                 "dtype": str(value.dtype),
                 "shape": list(value.shape[1:]),
-                "range": [value.min().item(), value.max().item()],
+                "range": _range(value),
             }
             for name, value in converted.inputs.items()
         ],
@@ -60,6 +62,12 @@ def describe(
         "single": None,
         "batched": None,
     }
+
+
+def _range(value: np.ndarray) -> list[float | int]:
+    """Its smallest and its largest number; truth values as 0 and 1, since the manifest's reader takes them for none."""
+    numbers = value.astype(np.uint8) if value.dtype == np.bool_ else value
+    return [numbers.min().item(), numbers.max().item()]
 
 
 def describe_laziness(timings: Iterable[Timing]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Whether an exported folder answers as the stages in PyTorch do that it was made of."""
+"""Whether an exported folder answers as the stages in PyTorch do that it was made of, and these as the network."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from shallowdeep.inference.onnx.convert import Converted
 from shallowdeep.inference.runner.folder import Runner
 from shallowdeep.inference.runner.sessions import Settings
 from shallowdeep.inference.runner.timing import made_up
-from shallowdeep.inference.stages import thresholds_of
+from shallowdeep.inference.stages import EAGER, as_inputs, thresholds_of
 from shallowdeep.inference.ties import nudged, with_numbers
-from shallowdeep.networks.calls import exact_float32
+from shallowdeep.networks.calls import evaluating, exact_float32
 from shallowdeep.policies.replay import replay
 from shallowdeep.policies.rules import ExitPolicy
 from shallowdeep.traces.trace import Trace
@@ -58,7 +58,7 @@ class Parity:
 
 
 def check_folder(folder: Path, converted: Converted, policy: ExitPolicy, precision: str) -> Parity:
-    """Compare all forms in a folder to PyTorch's stages, and to each other.
+    """Compare all forms in a folder to PyTorch's stages, to each other, and the stages to the network itself.
 
     In int8 logits may differ from PyTorch's; the forms decide as the policy does on the int8 logits.
 
@@ -72,9 +72,9 @@ def check_folder(folder: Path, converted: Converted, policy: ExitPolicy, precisi
             runners[form] = Runner(folder, form, settings=settings)
     inputs, exits = converted.inputs, runners["stages"].exits
     expected = _logits_in_torch(converted)
+    _check_cut(converted, expected)
     found = runners["stages"].cascade.logits(inputs)
-    scale = max(1.0, max(float(np.abs(one).max()) for one in expected))
-    apart = max(float(np.abs(a - b).max()) for a, b in zip(expected, found, strict=True)) / scale
+    apart, scale = _apart(found, expected)
     agreement = float(np.mean([a.argmax(-1) == b.argmax(-1) for a, b in zip(expected, found, strict=True)]))
     if precision == "fp32" and not apart <= TOLERANCE:
         raise NetworkError(
@@ -109,6 +109,24 @@ def extremes_of(folder: Path, policy: ExitPolicy) -> dict[str, dict[str, float |
         if (left == runner.exits[-1]).all():
             found.setdefault("late", thresholds)
     return found if len(found) == 2 and len(runner.exits) > 1 else None
+
+
+def _apart(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> tuple[float, float]:
+    """The largest difference of a logit, by share of the largest one or of 1, and that."""
+    scale = max(1.0, max(float(np.abs(one).max()) for one in expected))
+    return max(float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True)) / scale, scale
+
+
+def _check_cut(converted: Converted, found: Sequence[np.ndarray]) -> None:
+    """Compare the stages' logits to those of the network that they were cut from."""
+    with evaluating(converted.sdn), exact_float32():
+        logits = converted.sdn(as_inputs(converted.reference, converted.like))
+    apart, scale = _apart(found, [logits[module.exit].numpy() for module in converted.modules])
+    if not apart <= TOLERANCE:
+        raise NetworkError(
+            f"the stages differ from the network that they were cut from: a logit by {apart:.1e} of the largest "
+            f"({scale:.3g}), and {TOLERANCE:.0e} is allowed. Nothing was written. {EAGER}"
+        )
 
 
 def _logits_in_torch(converted: Converted) -> list[np.ndarray]:

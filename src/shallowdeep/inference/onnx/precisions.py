@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from shallowdeep.errors import ConfigError
+from shallowdeep.errors import ConfigError, DataError
 from shallowdeep.inference.backends import Order
 from shallowdeep.inference.onnx.convert import Converted, as_typed, convert
 from shallowdeep.inference.onnx.fold import StageModel
 from shallowdeep.inference.onnx.handover import in_eight_bits
 from shallowdeep.inference.onnx.layout import kept_blocked
 from shallowdeep.inference.onnx.quantize import quantize_stages
-from shallowdeep.inference.stages import as_values, thresholds_of
+from shallowdeep.inference.stages import as_values, check_values, thresholds_of
 from shallowdeep.policies.rules import ExitPolicy
 
 PRECISIONS = ("fp32", "int8")
@@ -60,8 +60,10 @@ def laid_out(models: Sequence[StageModel], precision: str) -> list[StageModel]:
 
 def _quantised(converted: Converted, policy: ExitPolicy, calibration: Any, weight_bits: int | None) -> list[StageModel]:
     values = {name: value.detach().cpu() for name, value in as_values(calibration).items()}
-    if values.keys() != converted.examples.keys():
-        raise ConfigError(f"the network takes {', '.join(converted.examples)}; calibration has {', '.join(values)}.")
+    try:
+        check_values(values, converted.examples)
+    except DataError as error:
+        raise ConfigError(f"calibration= does not fit: {error} Pass inputs as the network takes them.") from None
     arrays = {name: value.numpy() for name, value in converted.as_exported(values).items()}
     bits = WEIGHT_BITS[0] if weight_bits is None else weight_bits
     threads = torch.get_num_threads()

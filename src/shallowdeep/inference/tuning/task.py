@@ -147,7 +147,8 @@ def make_task(
         raise ConfigError(f"backends names none to time; there are {', '.join(CANDIDATES)}.")
     if inputs is None:
         rows = as_values(distinct_rows(order.example_inputs, batch_size))
-        exit_shares = exit_shares or [1 / len(order.exits)] * len(order.exits)
+        if exit_shares is None:
+            exit_shares = [1 / len(order.exits)] * len(order.exits)
     else:
         values = as_values(inputs)
         rows = {name: tensor[torch.arange(batch_size) % len(tensor)] for name, tensor in values.items()}
