@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from shallowdeep.errors import ConfigError
+from shallowdeep.quiet import quiet
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -49,7 +50,7 @@ def make_fabric(
         devices, num_nodes = local, world // local
     several = (devices or 1) * num_nodes > 1
     try:
-        with _quiet("lightning_fabric.utilities.rank_zero"):
+        with quiet("lightning_fabric.utilities.rank_zero", below=logging.WARNING):
             fabric = Fabric(
                 accelerator=device,
                 devices=devices or 1,
@@ -73,18 +74,6 @@ def make_fabric(
         atexit.unregister(_leave)
         atexit.register(_leave)
     return fabric
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """A logger keeps its remarks to itself, but not its warnings: stderr is for what has gone wrong."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _leave() -> None:

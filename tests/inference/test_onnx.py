@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -573,9 +574,11 @@ def test_a_mask_of_truth_values_goes_through_a_folder(tmp_path):
     assert len(bench(out.folder, sizes=[2], repeats=1).timings) == 3
 
 
-def test_an_opset_that_cannot_be_had_is_named(small, images, tmp_path):
+def test_an_opset_that_cannot_be_had_is_named_and_nothing_else_said(small, images, tmp_path, caplog, capfd):
     with pytest.raises(NetworkError, match=r"the stage up to exit 0.*opset 5"):
         export(small, SHALLOW, tmp_path / "out", example_inputs=images[:2], opset=5)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

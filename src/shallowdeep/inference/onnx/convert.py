@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import typing
 import warnings
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from shallowdeep.inference.stages import EXPORT_ROWS, Stage, as_values, cut, thr
 from shallowdeep.networks.calls import distinct_rows, first_line
 from shallowdeep.networks.sdn import ShallowDeepNetwork
 from shallowdeep.policies.rules import ExitPolicy, exits_of
+from shallowdeep.quiet import quiet
 
 OPSET = 20
 
@@ -131,7 +133,8 @@ def _convert(graph: _Graph, args: tuple[Tensor, ...], where: str, opset: int) ->
     batch = torch.export.Dim("batch", min=1, max=2**20)
     shapes = tuple({0: batch} if value.ndim else {} for value in args)
     try:
-        with warnings.catch_warnings():
+        # of an opset that cannot be had they write what they tried; it is said in words below
+        with warnings.catch_warnings(), quiet("torch.onnx", "onnxscript", below=logging.CRITICAL):
             warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # the exporter's own copying
             warnings.filterwarnings("ignore", ".*axis name: batch will not be used.*", UserWarning)
             program = torch.onnx.export(
@@ -155,7 +158,7 @@ def _convert(graph: _Graph, args: tuple[Tensor, ...], where: str, opset: int) ->
     (found,) = (entry.version for entry in model.opset_import if entry.domain == "")
     if found != opset:
         raise NetworkError(
-            f"the stage up to {where} cannot be written in opset {opset}. Use export(…, opset={OPSET}), the default."
+            f"the stage up to {where} cannot be written in opset {opset}. Use opset={OPSET} (--opset), the default."
         )
     return StageModel(stage.exit, model)
 
