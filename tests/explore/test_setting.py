@@ -106,7 +106,7 @@ def test_text_is_refused(tmp_path):
 
 
 def test_an_untrained_run_is_refused(tmp_path):
-    with pytest.raises(FileFormatError, match="no file"):
+    with pytest.raises(FileFormatError, match=r"holds no network, sdn\.safetensors"):
         open_setting(Run(tmp_path, load_config(changes={"data": "digits"})))
 
 

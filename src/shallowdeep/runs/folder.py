@@ -142,16 +142,21 @@ class RunFolder:
         Raises:
             FileFormatError: the network is not there.
         """
-        if self.weights.exists():
-            return
-        if (self.folder / "checkpoint.pt").exists():
-            done = len((self.folder / "history.jsonl").read_bytes().splitlines())
-            raise FileFormatError(
-                f"{self.folder} is not trained to its end ({done} {'epochs' if done > 1 else 'epoch'} done). Go on: "
-                f"shallowdeep fit --out {quote(str(self.folder))} --resume"
-            )
-        raise FileFormatError(
-            f"{self.folder} holds no trained network, {self.weights.name}. Train it, or bring it back."
+        if self._unfinished:
+            raise FileFormatError(f"{self.folder} {self._unfinished}")
+        if not self.weights.exists():
+            raise FileFormatError(f"{self.folder} holds no network, {self.weights.name}. Train it, or bring it back.")
+
+    @property
+    def _unfinished(self) -> str:
+        """How far the training came and how it goes on; empty where it came to its end, or never began."""
+        history = self.folder / "history.jsonl"
+        if self.weights.exists() or not (self.folder / "checkpoint.pt").exists() or not history.exists():
+            return ""
+        done = len(history.read_bytes().splitlines())
+        return (
+            f"is not trained to its end ({done} {'epochs' if done > 1 else 'epoch'} done). Go on: "
+            f"shallowdeep fit --out {quote(str(self.folder))} --resume"
         )
 
     def trace_file(self, split: str, precision: str) -> Path:
@@ -185,9 +190,10 @@ class RunFolder:
             )
         if not path.exists():
             others = sorted(file.stem for file in path.parent.glob("*.safetensors"))
-            self.check_trained()
             hint = f"Make it: shallowdeep record {quote(str(self.folder))}{option(precision)}"
-            if others:
+            if self._unfinished:
+                hint = f"It {self._unfinished}"
+            elif others:
                 hint += f", if the data has such a split; there are {', '.join(others)}"
             kind = "Trace" if precision == "fp32" else f"{precision} Trace"
             raise FileFormatError(f"{self.folder} has no {kind} of its {split} split. {hint}")
