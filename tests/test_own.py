@@ -19,11 +19,12 @@ from shallowdeep.config import load_config
 from shallowdeep.data.encoded import EncodedImages
 from shallowdeep.data.preprocess import Preprocessing
 from shallowdeep.data.sources import load_data
-from shallowdeep.errors import ConfigError
+from shallowdeep.errors import ConfigError, DataError
 from shallowdeep.networks.attach import attach
 from shallowdeep.networks.zoo import load_network
 from shallowdeep.policies.calibrate import calibrate
 from shallowdeep.policies.replay import replay
+from shallowdeep.report.gallery import images_of
 from shallowdeep.runs.run import Run
 from shallowdeep.storage import load_tensors, read_json
 from shallowdeep.traces.record import record
@@ -133,6 +134,24 @@ def test_exits_see_images_as_the_network_they_are_put_on_did(pictures, strangers
     run = Run.open(joint)
     assert [origin.strategy for origin in run.origins] == ["ic_only", "plain"]
     assert run.load_data(run.load().backbone).train.preprocessing.mean == (0.1, 0.2, 0.3)
+
+
+def test_no_picture_is_shown_that_the_network_saw_otherwise(strangers, tmp_path):
+    for name, light in LIGHT.items():
+        (tmp_path / "small" / name).mkdir(parents=True)
+        for number in range(10):
+            Image.new("RGB", (16, 16), (light, light, number)).save(tmp_path / "small" / name / f"{number}.png")
+    changes = {"data": f"folder:{tmp_path / 'small'}", "network": "strangers:small", "shares": "[0.8]", "device": "cpu"}
+    prepared = {"network_options.preprocessing": "{image_size = 24, crop_share = 1.0}"}
+    for name, options in (("plain", {}), ("prepared", prepared)):
+        run = Run(tmp_path / name, load_config(changes=changes | options))
+        run.build(run.load_data(run.build_network(run.load_data()))).save(run.weights)
+        trace = run.record(["test"], progress=False)["test"]
+        if options:
+            with pytest.raises(DataError, match="holds no decoded images"):
+                images_of(run, trace)
+        else:
+            assert len(images_of(run, trace)) == len(trace)
 
 
 def test_weights_of_no_run_say_nothing_of_images(pictures, strangers, tmp_path):

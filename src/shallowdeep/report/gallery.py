@@ -171,7 +171,7 @@ def images_of(run: Run, trace: Trace) -> ImageSet:
     Raises:
         DataError: the data are not at hand, no images held decoded, or not those that were recorded.
     """
-    split = run.load_data().split("test")
+    split = run.load_data(run.load().backbone if run.prepares else None).split("test")
     if not isinstance(split, ImageSet):
         raise DataError(f"{run.config.data} holds no decoded images, so there are none to show here.")
     if split.images.shape[1] not in (1, 3):
