@@ -153,6 +153,7 @@ def test_a_backdoor_is_shown_where_the_run_is_about_one(make_run):
     effect = only(run).early.backdoor
     assert effect.n_triggered == int((test.labels != 1).sum())
     assert effect.with_policy is not None
+    assert (only(run).early.wanted, only(make_run("clean")).early.wanted) == ("1", "")
 
 
 def test_a_benchmark_is_read_and_another_file_is_named(make_run):

@@ -75,6 +75,15 @@ def test_the_text_is_there_without_a_script(written):
     assert re.search(r"shallowdeep report \S+/run \S+/plain --out \S+\.html", text)
 
 
+def test_a_backdoor_is_told_by_its_class_and_by_both_scores(make_run, tmp_path):
+    test = replace(make_trace(60), info=TraceInfo(class_names=("cat", "dog", "eel", "fly", "gnu")))
+    run = make_run(config={"backdoor.target": "dog"}, policy=Confidence(0.7), test=test)
+    test.select(test.labels != 1).save(run.folder / "traces" / "triggered.safetensors")
+    text = write_report([run], tmp_path / "attacked.html", galleries=False).path.read_text(encoding="utf-8")
+    assert "makes the network answer “dog”" in text
+    assert re.search(r"by confusion with an area under the ROC curve of 0\.\d{3}, by confidence .* with 0\.\d{3}", text)
+
+
 def test_names_from_outside_are_text_and_no_markup(make_run, tmp_path):
     evil = "</script><script>alert(1)</script>"
     test = replace(make_trace(60), info=TraceInfo(class_names=(evil, *"abcd")))

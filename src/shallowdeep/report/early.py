@@ -76,6 +76,7 @@ class EarlyExits:
         galleries: images by first right exit, and of destructive overthinking.
         saliency: what the first and the last exit looked at, by the row of a sample that overthinking destroyed.
         backdoor: clean against triggered samples; ``None``: the run is about no backdoor.
+        wanted: name of the class that the backdoor wants; empty where there is nothing to show of one.
         speed: rows of the run's benchmark; ``None``: it has none.
     """
 
@@ -96,6 +97,7 @@ class EarlyExits:
     galleries: Galleries | Missing
     saliency: Views | Missing
     backdoor: BackdoorEffect | Missing | None
+    wanted: str
     speed: tuple[dict[str, Any], ...] | Missing | None
 
 
@@ -118,6 +120,7 @@ def look_at_exits(run: Run, test: Trace, *, labelled: bool, galleries: bool) -> 
     unlabelled = Missing("This needs labels, and the recorded test split has none.")
     other = None if isinstance(policy, Missing | Confidence) else OtherPolicy(policy, replay(test, policy))
     pictures, views = _pictures(run, test, wanted=galleries) if labelled else (unlabelled, unlabelled)
+    backdoor = _backdoor(run, test, train, policy) if labelled else None
     return EarlyExits(
         exits=_exit_lines(run, test),
         drawing=draw(_depths(test)),
@@ -135,7 +138,8 @@ def look_at_exits(run: Run, test: Trace, *, labelled: bool, galleries: bool) -> 
         classes=by_class(test) if labelled else unlabelled,
         galleries=pictures,
         saliency=views,
-        backdoor=_backdoor(run, test, train, policy) if labelled else None,
+        backdoor=backdoor,
+        wanted=class_names(test)[backdoor.target] if isinstance(backdoor, BackdoorEffect) else "",
         speed=_speed(run),
     )
 

@@ -250,10 +250,13 @@ def test_confusion_misses_fewer(make_result):
     assert "fewer in 1 of 2 runs. AUROC 0.700 against 0.800" in found
 
 
+AUROC = {"confusion": 0.8, "max-softmax": 0.4}
+
+
 def effect(accuracy: float, with_policy: float | None, success: float = 0.9) -> BackdoorEffect:
     policy = None if with_policy is None else BackdoorWithPolicy({}, 0.9, with_policy, 0.1, 0.5, 0.5)
     return BackdoorEffect(
-        10_000, 9_000, 5, (0.9,), (0.1,), (accuracy,), (success,), policy, 0.0, 1.0, 0.9, 0.9, {"confusion": 0.8}, {}
+        10_000, 9_000, 5, (0.9,), (0.1,), (accuracy,), (success,), policy, 0.0, 1.0, 0.9, 0.9, AUROC, {}
     )
 
 
@@ -276,7 +279,8 @@ def test_backdoor_undone():
     assert [verdict.word for verdict in found] == ["not tested yet", "beaten", "held", "not held"]
     assert found[1].found == (
         "From 12.0 to 85.0 % on triggered samples, and attack success from 90.0 to 10.0 %; accuracy on clean samples "
-        "from 90.0 to 90.0 %, at 50.0 % of the cost (n = 1 run of VGG-16, 9,000 triggered images)."
+        "from 90.0 to 90.0 %, at 50.0 % of the cost (n = 1 run of VGG-16, 9,000 triggered images). "
+        "Confusion tells triggered samples from clean ones with an AUROC of 0.800, max-softmax with 0.400."
     )
     assert "no policy (1 run)" in found[0].found
     assert backdoor_undone([]).word == "not tested yet"

@@ -73,10 +73,12 @@ def _undone(judged: Sequence[tuple[BackdoorResult, BackdoorWithPolicy]]) -> str:
     success = _from_to(effects, policies, "attack_success")
     clean = _from_to(effects, policies, "clean_accuracy")
     cost = in_per_cent(statistics.fmean(policy.clean_cost for policy in policies))
+    found = {name: statistics.fmean(effect.auroc[name] for effect in effects) for name in ("confusion", "max-softmax")}
     return (
         f"From {triggered} on triggered samples, and attack success from {success}; accuracy on clean samples from "
         f"{clean}, at {cost} of the cost (n = {counted_as(len(judged), 'run')} of {networks}, {images} triggered "
-        "images)."
+        f"images). Confusion tells triggered samples from clean ones with an AUROC of {found['confusion']:.3f}, "
+        f"max-softmax with {found['max-softmax']:.3f}."
     )
 
 
