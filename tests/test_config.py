@@ -36,7 +36,6 @@ def test_recipe_takes_the_changes():
         ({"zzz": "1"}, r"unknown key 'zzz'\. Known: .*data, data_dir"),
         ({"data.name": "x"}, r"data = .*string"),
         ({"data_options.labls": "coarse"}, r"unknown key 'data_options\.labls'\. Did you mean data_options\.labels"),
-        ({"data_options.val_size": "3"}, r"unknown key 'data_options\.val_size'"),
         ({"data_options.seed": "x"}, r"data_options\.seed = 'x': .*integer"),
         ({"network_options.num_classes": "3"}, r"network_options = .*leave num_classes out"),
         ({"network_options.image_size": "64"}, r"network_options = .*set image_size"),
@@ -103,6 +102,11 @@ def test_every_key_can_be_set_by_text(key):
     beside = {"backdoor.target": "dog"} if key == "backdoor.rate" else {}  # a rate without a target is refused
     config = load_config(changes={key: text} | beside)
     assert attrgetter(key)(config) == value
+
+
+def test_options_that_earlier_versions_took_for_the_datas_are_the_runs():
+    config = load_config(changes={"data_options.val_size": "3", "data_options.labels": "coarse"})
+    assert (config.val_size, config.data_options.labels) == (3, "coarse")
 
 
 def test_a_change_that_does_not_go_with_the_recipe():

@@ -26,7 +26,7 @@ from shallowdeep.policies.calibrate import calibrate
 from shallowdeep.policies.replay import replay
 from shallowdeep.report.gallery import images_of
 from shallowdeep.runs.run import Run
-from shallowdeep.storage import load_tensors, read_json
+from shallowdeep.storage import load_tensors, read_json, write_json
 from shallowdeep.traces.record import record
 from shallowdeep.training.loop import fit
 from shallowdeep.training.recipes import Recipe
@@ -129,11 +129,31 @@ def test_exits_see_images_as_the_network_they_are_put_on_did(pictures, strangers
     for folder in (plain, exits):
         command("record", folder)
     assert torch.equal(Run.open(plain).trace("test").logits[-1], Run.open(exits).trace("test").logits[-1])
+    earlier = tmp_path / "earlier"
+    shutil.copytree(exits, earlier)  # as earlier versions left it, which showed their exits images as ImageNet's are
+    write_json(earlier / "environment.json", {})
+    assert (Run.open(earlier).origins, Run.open(earlier).prepares) == ((), False)
     shutil.rmtree(plain)  # what it was is kept where it is built on
     shutil.rmtree(exits)
     run = Run.open(joint)
     assert [origin.strategy for origin in run.origins] == ["ic_only", "plain"]
     assert run.load_data(run.load().backbone).train.preprocessing.mean == (0.1, 0.2, 0.3)
+
+
+def test_a_network_that_wants_its_images_otherwise_does_not_take_the_weights(pictures, strangers, tmp_path):
+    changes = {"data": f"folder:{pictures}", "network": "strangers:small", "shares": "[0.8]", "strategy": "plain"}
+    plain = Run(tmp_path / "plain", load_config(changes=changes))
+    plain.build(plain.load_data()).save(plain.weights)
+    write_json(plain.folder / "config.json", plain.config.model_dump(mode="json"))
+    changes |= {"strategy": "ic_only", "init": str(plain.folder)}
+    other = Run(
+        tmp_path / "exits", load_config(changes=changes | {"network_options.preprocessing": "{image_size = 9}"})
+    )
+    with pytest.raises(
+        ConfigError, match=r"learned from images prepared by None, this network wants .*'image_size': 9"
+    ):
+        other.build(other.load_data())
+    Run(tmp_path / "exits", load_config(changes=changes)).build(plain.load_data())
 
 
 def test_no_picture_is_shown_that_the_network_saw_otherwise(strangers, tmp_path):
@@ -175,6 +195,18 @@ def test_a_validation_split_that_the_backbone_has_learned_from_is_refused(strang
         command("fit", *refused)
     assert not exits.exists()
     command("fit", *refused, "--set", "val_size=0")
+
+
+def test_exits_alone_teach_a_backbone_nothing(strangers, tmp_path):
+    options = [
+        "--epochs", "1", "--data", "digits", "--network", "strangers:small", "--device", "cpu", "--threads", "1",
+        "--set", "shares=[0.8]", "--strategy", "distil",
+    ]  # fmt: skip
+    first, second = tmp_path / "first", tmp_path / "second"
+    with pytest.warns(UserWarning, match="is taken to return it trained"):
+        command("fit", "--out", first, *options, "--set", "val_size=0")
+    command("fit", "--init", first, "--out", second, *options)
+    assert len(Run.open(second).load_data().val) == 180
 
 
 def test_the_same_split_in_other_words_is_taken(strangers, tmp_path):

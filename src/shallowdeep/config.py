@@ -124,6 +124,16 @@ class RunConfig(BaseModel):
     features: FeatureReuse = FeatureReuse()
     compile: bool = Field(default=False, description="the training step's network, by PyTorch's compiler")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_earlier(cls, values: Any) -> Any:
+        """Configurations of earlier versions may have two of the run's own options among those of its data."""
+        options = values.get("data_options") if isinstance(values, dict) else None
+        if not isinstance(options, dict):
+            return values
+        moved = {name: options[name] for name in ("val_size", "data_dir") if name in options}
+        return {**values, "data_options": {k: v for k, v in options.items() if k not in moved}, **moved}
+
     @field_validator("network_options")
     @classmethod
     def _are_options(cls, options: dict[str, Any]) -> dict[str, Any]:

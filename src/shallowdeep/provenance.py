@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from shallowdeep.config import RunConfig
 from shallowdeep.data.samples import SPLITS, IndexedSamples, Splits
 from shallowdeep.errors import ConfigError, FileFormatError
-from shallowdeep.processes import is_first, shard, wait_for_all
+from shallowdeep.processes import gather, is_first, shard, wait_for_all
 from shallowdeep.storage import read_json, write_json, write_text
 from shallowdeep.training.features import drop_features
 from shallowdeep.versions import versions_of
@@ -55,23 +55,25 @@ def trained_here(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: another training is at it.
     """
-    if not is_first():
-        yield
-        return
     lock = folder / "fit.lock"
-    folder.mkdir(parents=True, exist_ok=True)
     held = FileLock(lock)
-    try:
-        held.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(f"another process trains in {folder}. Wait for its end, or name another folder.") from None
+    refused = False
+    if is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            refused = True
+    if any(gather(refused)):  # the others would wait for the first one
+        raise ConfigError(f"another process trains in {folder}. Wait for its end, or name another folder.")
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)
-        held.release()
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        if is_first():
+            lock.unlink(missing_ok=True)
+            held.release()
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 @contextmanager
@@ -94,7 +96,7 @@ def started(folder: Path, config: RunConfig, data: Splits, origins: Sequence[Run
         yield
         return
     environment = describe_start(folder, describe_environment(data, config.device))
-    if origins:
+    if config.init is not None:
         environment["origins"] = [origin.model_dump(mode="json") for origin in origins]
     names = ("config.json", "environment.json", "history.jsonl")
     before = {name: (folder / name).read_text() for name in names if (folder / name).exists()}

@@ -92,6 +92,13 @@ def test_folders_that_are_splits_however_named(fill, tmp_path, train, test):
     assert data.class_names == CLASSES
 
 
+def test_a_folder_whose_whole_name_is_a_split_goes_first(fill, tmp_path):
+    for folder, rows in (("train", 10), ("train_masks", 7), ("test", 3), ("test_small", 2), ("notes", 1)):
+        fill(tmp_path / "mine" / folder, rows)
+    data = load_data(f"folder:{tmp_path / 'mine'}")
+    assert (len(data.train) + len(data.val), len(data.test)) == (30, 9)
+
+
 def test_a_class_may_be_called_as_a_split_is(fill, tmp_path):
     data = load_data(f"folder:{fill(tmp_path / 'mine', 20, ('bus', 'car', 'train'))}")
     assert data.class_names == ("bus", "car", "train")
@@ -102,6 +109,7 @@ def test_a_class_may_be_called_as_a_split_is(fill, tmp_path):
     [
         (("val", "test"), "has no folder to train on beside test, val"),
         (("train", "Training", "test"), "has several folders for train: Training, train"),
+        (("bus", "car", "steam train"), "steam train are called like splits, bus, car like none"),
     ],
 )
 def test_folders_that_are_no_splits_together(fill, tmp_path, folders, message):

@@ -96,13 +96,14 @@ class RunFolder:
     def origins(self) -> tuple[RunConfig, ...]:
         """Configurations of the runs that the backbone's first weights come from, the nearest first.
 
-        As far as they are known: ``init`` may name weights that are in no run.
+        As far as they are known: ``init`` may name weights that are in no run, and runs of earlier versions did not
+        keep them.
         """
+        if not (self.folder / "config.json").exists():  # not begun
+            return _origins_of(self.config.init)
         path = self.folder / "environment.json"
         environment = read_json(path) if path.exists() else None
-        kept = environment.get("origins") if isinstance(environment, dict) else None
-        if kept is None:
-            return _origins_of(self.config.init)
+        kept = environment.get("origins", ()) if isinstance(environment, dict) else ()
         try:
             return tuple(RunConfig.model_validate(values) for values in kept)
         except (ValidationError, TypeError):

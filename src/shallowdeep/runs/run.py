@@ -28,7 +28,7 @@ from shallowdeep.networks.attach import attach
 from shallowdeep.networks.backbones.weights import put_weights
 from shallowdeep.networks.hub import WEIGHTS
 from shallowdeep.networks.sdn import ShallowDeepNetwork
-from shallowdeep.networks.zoo import NetworkSpec, has_fresh_head, load_network
+from shallowdeep.networks.zoo import NetworkSpec, has_fresh_head, load_network, spec_of
 from shallowdeep.policies.calibrate import calibrate
 from shallowdeep.policies.replay import Decisions, replay
 from shallowdeep.policies.rules import Confidence, ExitPolicy
@@ -73,7 +73,7 @@ class Run(RunFolder):
                 )
             sdn = attach(net, data.example_inputs, shares=config.shares, taps=taps)
         if config.init is not None:
-            _load_backbone(sdn, Path(config.init))
+            _load_backbone(sdn, Path(config.init), prepared=self.prepares)
         return sdn
 
     def build_network(self, data: Splits) -> nn.Module:
@@ -143,6 +143,8 @@ class Run(RunFolder):
         config, held_out = self.config, set(data.val.ids.tolist())
         for origin in self.origins:
             split = {"val_size": origin.val_size, "data_options.seed": origin.data_options.seed}
+            if origin.strategy in ("ic_only", "distil"):  # they left the backbone as it was
+                continue
             if origin.data != config.data or list(split.values()) == [config.val_size, config.data_options.seed]:
                 continue
             options = config.data_options.model_copy(update={"seed": origin.data_options.seed})
@@ -391,12 +393,25 @@ def _side(inputs: Any) -> int | None:
     return inputs.shape[-1] if isinstance(inputs, Tensor) and inputs.ndim == 4 else None
 
 
-def _load_backbone(sdn: ShallowDeepNetwork, path: Path) -> None:
-    if path.is_dir():
-        if (path / "config.json").exists():
-            Run.open(path).check_trained()
-        path = path / WEIGHTS
-    tensors, _ = load_tensors(path, kind="sdn")
+def _load_backbone(sdn: ShallowDeepNetwork, path: Path, *, prepared: bool) -> None:
+    """Take over the backbone of a run, or of a file.
+
+    Args:
+        sdn: changed.
+        path: of the run, or the file.
+        prepared: whether images are prepared as the network says: then it has to say what that one did.
+    """
+    if path.is_dir() and (path / "config.json").exists() and not (path / WEIGHTS).exists():
+        Run.open(path).check_trained()
+    path = path / WEIGHTS if path.is_dir() else path
+    tensors, info = load_tensors(path, kind="sdn")
+    spec, theirs = spec_of(sdn.backbone), (info.get("network") or {}).get("preprocessing")
+    own = None if spec is None else spec.options.get("preprocessing")
+    if prepared and own != theirs:
+        raise ConfigError(
+            f"{path} learned from images prepared by {theirs}, this network wants {own}. Repeat the network_options "
+            "of that run, or set network_options.preprocessing."
+        )
     prefix = "backbone."
     weights = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     put_weights(sdn.backbone, weights, str(path))

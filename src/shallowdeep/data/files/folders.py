@@ -26,7 +26,8 @@ def read_folder(folder: Path, words: Mapping[str, Sequence[str]]) -> dict[str, P
 
     Raises:
         DataError: there are no images, or a split has a class that the training split has not; folders are called as
-            splits are, and none is for training, several are for one split, or none holds classes.
+            splits are, and none is for training, several are for one split, none holds classes, or others beside them
+            are called otherwise and no folder's whole name says that it is for training.
     """
     if not folder.is_dir():
         raise DataError(f"no folder {folder}. Name one that holds a folder of images for each class.")
@@ -46,7 +47,13 @@ def _splits_in(folder: Path, words: Mapping[str, Sequence[str]]) -> dict[str, Pa
         if called and len(called) == len(inside):
             raise DataError(f"{inside[0]} holds no folder of images for each class: {inside[0]}/CLASS/NAME.jpg.")
         return {}
-    places = {split: [path for path, other in called.items() if other == split] for split in words}
+    places = {split: _called_most(split, called, words[split]) for split in words}
+    strange = [path.name for path in inside if path not in called]
+    if strange and not any(path.name.lower() in words["train"] for path in places["train"]):
+        raise DataError(
+            f"{folder}: {', '.join(path.name for path in called)} are called like splits, {', '.join(strange)} like "
+            "none, so these may be classes. Rename or move the ones or the others."
+        )
     for split, there in places.items():
         if len(there) > 1:
             names = ", ".join(path.name for path in there)
@@ -54,6 +61,12 @@ def _splits_in(folder: Path, words: Mapping[str, Sequence[str]]) -> dict[str, Pa
     if not places["train"]:
         raise DataError(f"{folder} has no folder to train on beside {', '.join(path.name for path in called)}.")
     return {split: _unpacked(there[0], split, words) for split, there in places.items() if there}
+
+
+def _called_most(split: str, called: Mapping[Path, str], words: Sequence[str]) -> list[Path]:
+    """Folders of a split: those whose whole name is one of its words, else all that are called so."""
+    found = [path for path, other in called.items() if other == split]
+    return [path for path in found if path.name.lower() in words] or found
 
 
 def _unpacked(folder: Path, split: str, words: Mapping[str, Sequence[str]]) -> Path:
