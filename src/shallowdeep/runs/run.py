@@ -405,8 +405,9 @@ def _load_backbone(sdn: ShallowDeepNetwork, path: Path, *, prepared: bool) -> No
         Run.open(path).check_trained()
     path = path / WEIGHTS if path.is_dir() else path
     tensors, info = load_tensors(path, kind="sdn")
-    spec, theirs = spec_of(sdn.backbone), (info.get("network") or {}).get("preprocessing")
+    spec, network = spec_of(sdn.backbone), info.get("network")
     own = None if spec is None else spec.options.get("preprocessing")
+    theirs = network.get("preprocessing") if isinstance(network, dict) else None
     if prepared and own != theirs:
         raise ConfigError(
             f"{path} learned from images prepared by {theirs}, this network wants {own}. Repeat the network_options "
