@@ -25,17 +25,16 @@ from shallowdeep.inference.onnx.export import Export, export
 from shallowdeep.inference.timing.bench import DEFAULT_BACKENDS, first_samples, measure_speed, rows_of, sharing_threads
 from shallowdeep.inference.timing.speed import SpeedReport
 from shallowdeep.networks.attach import attach
-from shallowdeep.networks.backbones.weights import put_weights
-from shallowdeep.networks.hub import WEIGHTS
 from shallowdeep.networks.sdn import ShallowDeepNetwork
-from shallowdeep.networks.zoo import NetworkSpec, has_fresh_head, load_network, spec_of
+from shallowdeep.networks.zoo import load_network
 from shallowdeep.policies.calibrate import calibrate
 from shallowdeep.policies.replay import Decisions, replay
 from shallowdeep.policies.rules import Confidence, ExitPolicy
 from shallowdeep.processes import is_first, join, make_fabric, num_threads, wait_for_all
 from shallowdeep.provenance import describe_environment, started, trained_here
 from shallowdeep.runs.folder import RunFolder, check_split, suffix
-from shallowdeep.storage import load_tensors, sweep, write_json
+from shallowdeep.runs.origins import check_frozen, check_held_out, load_backbone
+from shallowdeep.storage import sweep, write_json
 from shallowdeep.traces.record import record
 from shallowdeep.traces.trace import Trace
 from shallowdeep.training.loop import fit
@@ -58,22 +57,10 @@ class Run(RunFolder):
             torch.manual_seed(config.seed)
             net = self.build_network(data)
             taps = () if config.strategy == "plain" else config.taps
-            kept = config.strategy in ("ic_only", "distil") and config.init is None
-            if kept and NetworkSpec(config.network).runs_code and not config.network_options.get("weights"):
-                warnings.warn(
-                    f"{config.strategy} leaves the backbone as it is: {config.network} is taken to return it trained. "
-                    "Else give a run that trained it, --init RUN.",
-                    stacklevel=2,
-                )
-            if kept and has_fresh_head(net):
-                raise ConfigError(
-                    f"{config.strategy} leaves the backbone as it is, and the last layer of {config.network} is fresh: "
-                    f"its weights are for other classes than the {data.num_classes} of {config.data}. Train it on them "
-                    "first (--strategy plain), then --init RUN."
-                )
+            check_frozen(config, net, data)
             sdn = attach(net, data.example_inputs, shares=config.shares, taps=taps)
         if config.init is not None:
-            _load_backbone(sdn, Path(config.init), prepared=self.prepares)
+            load_backbone(sdn, Path(config.init), prepared=self.prepares)
         return sdn
 
     def build_network(self, data: Splits) -> nn.Module:
@@ -127,7 +114,7 @@ class Run(RunFolder):
         data = self.load_data()
         if self.prepares and ":" in self.config.network:
             data = self.load_data(self.build_network(data))  # only the network knows how its images are prepared
-        self._check_held_out(data)
+        check_held_out(self, data)
         backdoor = self.config.backdoor.build()
         if backdoor is None:
             return data
@@ -135,28 +122,6 @@ class Run(RunFolder):
         stamp(data.train.subset(range(1)) if isinstance(data.train, IndexedSamples) else data.train, backdoor.stamp)
         backdoor.target_in(data.class_names)
         return replace(data, train=poison(data.train, backdoor)) if backdoor.rate else data
-
-    def _check_held_out(self, data: Splits) -> None:
-        """Refuse a validation split that the backbone has learned from: no threshold chosen on it would hold."""
-        if not isinstance(data.val, IndexedSamples):
-            return
-        config, held_out = self.config, set(data.val.ids.tolist())
-        for origin in self.origins:
-            split = {"val_size": origin.val_size, "data_options.seed": origin.data_options.seed}
-            if origin.strategy in ("ic_only", "distil"):  # they left the backbone as it was
-                continue
-            if origin.data != config.data or list(split.values()) == [config.val_size, config.data_options.seed]:
-                continue
-            options = config.data_options.model_copy(update={"seed": origin.data_options.seed})
-            changes = {"val_size": origin.val_size, "data_options": options}
-            learned = Run(self.folder, config.model_copy(update=changes)).load_data().train
-            seen = held_out.intersection(learned.ids.tolist()) if isinstance(learned, IndexedSamples) else ()
-            if seen:
-                words = ", ".join(f"no {key}" if value is None else f"{key}={value}" for key, value in split.items())
-                raise ConfigError(
-                    f"the backbone of {config.init} has learned from {len(seen)} of the {len(held_out)} validation "
-                    f"samples, and thresholds chosen on those would not hold. Take its own split: {words}"
-                )
 
     def record(
         self, splits: Iterable[str] | None = None, *, precision: str = "fp32", progress: bool = True
@@ -391,28 +356,3 @@ class Run(RunFolder):
 def _side(inputs: Any) -> int | None:
     """Pixels a side of square images; ``None`` for other inputs."""
     return inputs.shape[-1] if isinstance(inputs, Tensor) and inputs.ndim == 4 else None
-
-
-def _load_backbone(sdn: ShallowDeepNetwork, path: Path, *, prepared: bool) -> None:
-    """Take over the backbone of a run, or of a file.
-
-    Args:
-        sdn: changed.
-        path: of the run, or the file.
-        prepared: whether images are prepared as the network says: then it has to say what that one did.
-    """
-    if path.is_dir() and (path / "config.json").exists() and not (path / WEIGHTS).exists():
-        Run.open(path).check_trained()
-    path = path / WEIGHTS if path.is_dir() else path
-    tensors, info = load_tensors(path, kind="sdn")
-    spec, network = spec_of(sdn.backbone), info.get("network")
-    own = None if spec is None else spec.options.get("preprocessing")
-    theirs = network.get("preprocessing") if isinstance(network, dict) else None
-    if prepared and own != theirs:
-        raise ConfigError(
-            f"{path} learned from images prepared by {theirs}, this network wants {own}. Repeat the network_options "
-            "of that run, or set network_options.preprocessing."
-        )
-    prefix = "backbone."
-    weights = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-    put_weights(sdn.backbone, weights, str(path))
