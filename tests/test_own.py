@@ -42,6 +42,10 @@ def small(num_classes, width=4):
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes),
     )
 '''
+ON_DIGITS = [
+    "--epochs", "1", "--data", "digits", "--network", "strangers:small", "--device", "cpu", "--threads", "1",
+    "--set", "shares=[0.8]",
+]  # fmt: skip
 LIGHT = {"bright": 200, "dark": 60, "medium": 130}
 
 
@@ -183,13 +187,9 @@ def test_weights_of_no_run_say_nothing_of_images(pictures, strangers, tmp_path):
 
 
 def test_a_validation_split_that_the_backbone_has_learned_from_is_refused(strangers, tmp_path):
-    options = [
-        "--epochs", "1", "--data", "digits", "--network", "strangers:small", "--device", "cpu", "--threads", "1",
-        "--set", "shares=[0.8]",
-    ]  # fmt: skip
     plain, exits = tmp_path / "plain", tmp_path / "exits"
-    command("fit", "--strategy", "plain", "--out", plain, *options, "--set", "val_size=0")
-    refused = [*options, "--strategy", "ic_only", "--init", plain, "--out", exits]
+    command("fit", "--strategy", "plain", "--out", plain, *ON_DIGITS, "--set", "val_size=0")
+    refused = [*ON_DIGITS, "--strategy", "ic_only", "--init", plain, "--out", exits]
     message = r"learned from 180 of the 180 validation samples.* Take its own split: val_size=0, data_options\.seed=0"
     with pytest.raises(ConfigError, match=message):
         command("fit", *refused)
@@ -198,10 +198,7 @@ def test_a_validation_split_that_the_backbone_has_learned_from_is_refused(strang
 
 
 def test_exits_alone_teach_a_backbone_nothing(strangers, tmp_path):
-    options = [
-        "--epochs", "1", "--data", "digits", "--network", "strangers:small", "--device", "cpu", "--threads", "1",
-        "--set", "shares=[0.8]", "--strategy", "distil",
-    ]  # fmt: skip
+    options = [*ON_DIGITS, "--strategy", "distil"]
     first, second = tmp_path / "first", tmp_path / "second"
     with pytest.warns(UserWarning, match="is taken to return it trained"):
         command("fit", "--out", first, *options, "--set", "val_size=0")
@@ -210,13 +207,9 @@ def test_exits_alone_teach_a_backbone_nothing(strangers, tmp_path):
 
 
 def test_the_same_split_in_other_words_is_taken(strangers, tmp_path):
-    options = [
-        "--epochs", "1", "--data", "digits", "--network", "strangers:small", "--device", "cpu", "--threads", "1",
-        "--set", "shares=[0.8]",
-    ]  # fmt: skip
     plain, exits = tmp_path / "plain", tmp_path / "exits"
-    command("fit", "--strategy", "plain", "--out", plain, *options)
-    command("fit", "--strategy", "ic_only", "--init", plain, "--out", exits, *options, "--set", "val_size=180")
+    command("fit", "--strategy", "plain", "--out", plain, *ON_DIGITS)
+    command("fit", "--strategy", "ic_only", "--init", plain, "--out", exits, *ON_DIGITS, "--set", "val_size=180")
     assert Run.open(exits).weights.exists()
 
 
